@@ -1,0 +1,1 @@
+"""Configuration: flags, the frozen EngineConfig, and how the first becomes the second."""

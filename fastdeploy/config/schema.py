@@ -1,0 +1,139 @@
+"""The frozen configuration of one engine.
+
+Built once by `config.resolve`; what is learnt later (the number of pages) makes a new value. Every class here is plain data
+that msgspec can carry to another process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+DeviceName = Literal["cpu", "cuda"]
+DTypeName = Literal["float32", "bfloat16", "float16"]
+LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
+RopeStyle = Literal["half_split", "interleaved"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeShape:
+    """Rotary embedding: `style` says which dimensions form a pair, `scaling` is the checkpoint's own table or None."""
+
+    theta: float
+    style: RopeStyle
+    scaling: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEShape:
+    """Sizes of the sparse layers; `layers` lists the indices of the layers that are sparse."""
+
+    n_experts: int
+    n_experts_per_token: int
+    expert_width: int
+    shared_width: int  # width of the one fused shared FFN, 0 when there is none
+    layers: tuple[int, ...]
+    has_correction_bias: bool
+    renormalise: bool
+    norm_min: float  # lower bound of the divisor when renormalising
+    gate_in_float32: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A decoder's sizes, read from config.json and checked; see `config.model_shape`."""
+
+    architecture: str
+    family: Literal["ernie4_5", "ernie4_5_moe", "llama", "qwen3", "qwen3_moe"]
+    hidden_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_width: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    tied_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    rope: RopeShape
+    moe: MoEShape | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how it is computed."""
+
+    path: str
+    served_name: str
+    shape: ModelShape
+    dtype: DTypeName
+    device: DeviceName
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    sampling_defaults: dict[str, Any]  # from generation_config.json
+    random_weights: bool = False  # `--load-choices dummy`
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The KV cache: `n_pages` pages of `page_tokens` tokens."""
+
+    page_tokens: int = 64
+    n_pages: int | None = None  # None until a rank has measured free memory
+    memory_fraction: float = 0.9
+    prefix_caching: bool = True
+    output_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one step and of what may wait."""
+
+    max_seqs: int = 8
+    max_batched_tokens: int = 8192
+    chunked_prefill: bool = True
+    max_partial_prefills: int = 1
+    max_long_partial_prefills: int = 1
+    long_prefill_tokens: int = 0
+    max_waiting: int = -1  # requests; -1 is unlimited
+    waiting_ttl_s: float = 900.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """Group sizes."""
+
+    tensor: int = 1
+    data: int = 1
+    expert: bool = False
+    data_rank: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobsConfig:
+    """What log-probabilities may be asked for, and from which logits they come."""
+
+    max_logprobs: int = 20  # -1 is the vocabulary size
+    mode: LogprobsMode = "raw_logprobs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything an engine core and its ranks need to know."""
+
+    model: ModelConfig
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    parallel: ParallelConfig
+    logprobs: LogprobsConfig
+    log_dir: str
+    n_threads: int | None = None  # threads of one CPU rank; None leaves the choice to torch
+
+
+def with_measured_pages(config: EngineConfig, n_pages: int) -> EngineConfig:
+    """The same configuration once a rank has found room for `n_pages` pages."""
+    return replace(config, cache=replace(config.cache, n_pages=n_pages))

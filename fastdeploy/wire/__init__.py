@@ -1,0 +1,1 @@
+"""What crosses process boundaries, and the channels that carry it."""

@@ -1,0 +1,229 @@
+"""Every struct that crosses a process boundary, grouped by the boundary.
+
+Encoded as msgpack arrays: decoding is checking. A front end talks to an engine core, an engine core to its ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from fastdeploy.config.schema import EngineConfig
+from fastdeploy.sampling_params import SamplingParams
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
+
+
+class _Message(msgspec.Struct, tag=True, frozen=True, array_like=True, gc=False):
+    """Base of all messages."""
+
+
+# ---- front end -> engine core ------------------------------------------------------------------------------------
+
+
+class Submit(_Message, frozen=True):
+    """One request with one answer (n > 1 is n of these)."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams  # resolved: no unset numbers
+    arrival_s: float  # unix time
+
+
+class Abort(_Message, frozen=True):
+    """Forget these requests; each still alive answers with finish reason "abort"."""
+
+    request_ids: list[str]
+
+
+class Hello(_Message, frozen=True):
+    """A front end introduces itself and wants Ready and Status."""
+
+
+class Shutdown(_Message, frozen=True):
+    """Stop now."""
+
+
+Command: TypeAlias = Submit | Abort | Hello | Shutdown
+
+
+# ---- engine core -> front end ------------------------------------------------------------------------------------
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Log-probabilities at one position: the token taken (or given) there, its rank (1 = most likely), the top ones."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class RequestTimes(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Unix seconds at which a request passed each stage; 0.0 = not yet."""
+
+    received_s: float
+    first_scheduled_s: float
+    first_token_s: float
+    last_token_s: float
+
+
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one step added to one request."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the stop token that ended it, if one did; it is the last of token_ids
+    n_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None  # one per token of token_ids
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, with the first token; None at position 0
+    error: str | None = None  # with finish reason "error"
+    times: RequestTimes | None = None  # with the first token and with the finish
+
+
+class StepOutput(_Message, frozen=True):
+    """All that one step produced for one front end."""
+
+    deltas: list[TokenDelta]
+
+
+class LoadProgress(_Message, frozen=True):
+    """Start-up progress; `total` 0 means unknown."""
+
+    stage: str
+    done: int
+    total: int
+    unit: str
+
+
+class Ready(_Message, frozen=True):
+    """The engine takes requests. `stages_s` names each start-up stage and its seconds."""
+
+    n_pages: int
+    kv_bytes: int
+    weight_bytes: int
+    stages_s: dict[str, float]
+
+
+class Status(_Message, frozen=True):
+    """State of one engine core, sent about once a second, and sooner when it turns busy or idle."""
+
+    n_running: int
+    n_waiting: int
+    n_preempted_total: int
+    n_pages_free: int  # never used or given back, without cached content
+    n_pages_cached: int  # reusable prefix pages that nobody holds
+    n_pages_total: int
+    n_prompt_tokens_total: int
+    n_cached_tokens_total: int
+    n_generated_tokens_total: int
+    n_steps_total: int
+    n_running_tokens: int  # known tokens of running requests
+    n_waiting_tokens: int
+    stalled_s: float  # seconds since the ranks last made progress while having work; 0 when idle
+
+
+class EngineFailed(_Message, frozen=True):
+    """The engine core cannot go on; `kind` names the class in `fastdeploy.errors`."""
+
+    kind: str
+    message: str
+
+
+Event: TypeAlias = StepOutput | LoadProgress | Ready | Status | EngineFailed
+
+
+# ---- engine core -> ranks ----------------------------------------------------------------------------------------
+
+
+class SlotStart(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A request takes a batch slot: all its known tokens, and where their keys and values lie."""
+
+    slot: int
+    token_ids: list[int]  # prompt, and output so far after a preemption
+    n_prompt_tokens: int
+    n_computed: int  # tokens whose keys and values are in `page_ids` already
+    page_ids: list[int]
+    params: SamplingParams
+
+
+class StepPlan(_Message, frozen=True):
+    """One step of the ranks. The arrays `slots`, `n_tokens`, `samples` and `new_pages` run in parallel.
+
+    A grant of slot s computes the next `n_tokens` tokens after those computed before; where `samples` holds, its last
+    position's logits are sampled and the token found becomes the slot's next token, on the rank, without a round trip.
+    """
+
+    step: int
+    starts: list[SlotStart]
+    slots: list[int]
+    n_tokens: list[int]
+    samples: list[bool]
+    new_pages: list[list[int]]
+
+
+class Stop(_Message, frozen=True):
+    """The rank ends."""
+
+
+RankCommand: TypeAlias = StepPlan | Stop
+
+
+# ---- ranks -> engine core ----------------------------------------------------------------------------------------
+
+
+class StepResult(_Message, frozen=True):
+    """What a step sampled: one entry per grant of the plan, -1 where nothing was sampled."""
+
+    step: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None  # per grant, when any request of the step asked
+    prompt_logprobs: dict[int, list[TokenLogprobs | None]] | None  # grant index -> its prompt positions of this chunk
+
+
+class RankReady(_Message, frozen=True):
+    """The rank has its weights and its pages."""
+
+    n_pages: int
+    kv_bytes: int
+    weight_bytes: int
+    stages_s: dict[str, float]
+
+
+class RankAlive(_Message, frozen=True):
+    """Heartbeat: `n_layers_done` counts decoder layers since start; it stands still when the rank is stuck."""
+
+    n_layers_done: int
+
+
+class RankFailed(_Message, frozen=True):
+    """The rank cannot go on; `kind` names the class in `fastdeploy.errors`."""
+
+    kind: str
+    message: str
+
+
+RankEvent: TypeAlias = StepResult | RankReady | RankAlive | RankFailed | LoadProgress
+
+
+# ---- parent -> child, once, at its start -------------------------------------------------------------------------
+
+
+class CoreBoot(_Message, frozen=True):
+    """What an engine core is started with."""
+
+    config: EngineConfig
+    endpoint: str  # where it listens for front ends
+    secret_key: bytes  # CURVE secret of the endpoint: who knows its public half may connect
+    public_key: bytes
+
+
+class RankBoot(_Message, frozen=True):
+    """What a rank is started with."""
+
+    config: EngineConfig
+    rank: int
+    connection_fd: int
