@@ -1,7 +1,7 @@
 """fastdeploy: a server for large language models, centred on data and expert parallelism.
 
-Nothing heavy is imported here: `LLM` and `SamplingParams` are looked up when first used, so that `import fastdeploy` and
-`--help` answer at once.
+Nothing heavy is imported here: `LLM` and `SamplingParams` are looked up when first used, so that `import fastdeploy`
+and `--help` answer at once.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
 """The frozen configuration of one engine.
 
-Built once by `config.resolve`; what is learnt later (the number of pages) makes a new value. Every class here is plain data
-that msgspec can carry to another process.
+Built once by `config.resolve`; what is learnt later (the number of pages) makes a new value. Every class here is
+plain data that msgspec can carry to another process.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class ModelConfig:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     sampling_defaults: dict[str, Any]  # from generation_config.json
+    tokenizer_path: str | None = None  # None: the model's folder
     random_weights: bool = False  # `--load-choices dummy`
     seed: int = 0
 
@@ -101,6 +102,7 @@ class SchedulerConfig:
     long_prefill_tokens: int = 0
     max_waiting: int = -1  # requests; -1 is unlimited
     waiting_ttl_s: float = 900.0
+    steps_in_flight: int = 2  # planned and not committed; 2 keeps the ranks busy while a step is committed and planned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +134,7 @@ class EngineConfig:
     logprobs: LogprobsConfig
     log_dir: str
     n_threads: int | None = None  # threads of one CPU rank; None leaves the choice to torch
+    stall_limit_s: float = 10.0  # ranks with work and without progress for longer are unhealthy
 
 
 def with_measured_pages(config: EngineConfig, n_pages: int) -> EngineConfig:

@@ -1,0 +1,1 @@
+"""The engine core: decides what each step computes. Nothing here imports torch."""

@@ -82,6 +82,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, with the first token; None at position 0
     error: str | None = None  # with finish reason "error"
     times: RequestTimes | None = None  # with the first token and with the finish
+    error_kind: str | None = None  # class in `fastdeploy.errors`, where the request was refused or given up
 
 
 class StepOutput(_Message, frozen=True):

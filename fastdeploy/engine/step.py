@@ -1,0 +1,74 @@
+"""One step, from the first grant to the plan that ranks get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastdeploy.engine.request import Request
+from fastdeploy.wire.messages import SlotStart, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """A plan for the ranks, and the request behind each of its grants."""
+
+    plan: StepPlan
+    requests: list[Request]
+
+
+class StepDraft:
+    """A step being planned: its grants so far, what is left of the budget, and the prompts that it leaves midway."""
+
+    __slots__ = (
+        "budget",
+        "midway",
+        "n_long",
+        "n_partial",
+        "n_tokens",
+        "new_pages",
+        "prompts",
+        "requests",
+        "samples",
+        "slots",
+        "starts",
+    )
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget  # tokens
+        self.starts: list[SlotStart] = []
+        self.requests: list[Request] = []
+        self.slots: list[int] = []
+        self.n_tokens: list[int] = []
+        self.samples: list[bool] = []
+        self.new_pages: list[list[int]] = []
+        self.midway: list[Request] = []  # running, more than one token lacking
+        self.prompts: list[tuple[Request, int]] = []  # requests and their first share of the budget
+        self.n_partial = 0  # of `prompts`, those that still lack tokens afterwards
+        self.n_long = 0  # of `n_partial`, the long ones
+
+    def take(self, request: Request, n_tokens: int, is_long: bool) -> None:
+        """Set tokens of the budget aside for a prompt."""
+        self.prompts.append((request, n_tokens))
+        self.budget -= n_tokens
+        if n_tokens < request.n_lacking:
+            self.n_partial += 1
+            self.n_long += is_long
+
+    def finish(self, step: int) -> PlannedStep | None:
+        """The plan with number `step`; None when nothing was granted."""
+        self._grant_prompts()
+        if not self.slots:
+            return None
+        plan = StepPlan(step, self.starts, self.slots, self.n_tokens, self.samples, self.new_pages)
+        return PlannedStep(plan, self.requests)
+
+    def _grant_prompts(self) -> None:
+        """Turn shares into grants. What no admission used of the budget goes to those left midway, first come first."""
+        for request, n_share in self.prompts:
+            n_more = min(self.budget, request.n_lacking - n_share)
+            self.budget -= n_more
+            self.requests.append(request)
+            self.slots.append(request.slot)
+            self.n_tokens.append(n_share + n_more)
+            self.samples.append(request.grant(n_share + n_more))
+            self.new_pages.append([])

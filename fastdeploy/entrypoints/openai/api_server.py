@@ -1,0 +1,152 @@
+"""`python -m fastdeploy.entrypoints.openai.api_server`: one front end with its engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
+
+from fastdeploy.config.args import EngineArgs, ServerArgs
+from fastdeploy.config.flags import build_parser
+from fastdeploy.config.resolve import log_dir, resolve_all, resolve_server
+from fastdeploy.config.schema import EngineConfig
+from fastdeploy.errors import ConfigError, FastDeployError
+from fastdeploy.observability.logs import CONSOLE, setup_logging
+
+if TYPE_CHECKING:
+    from fastdeploy.entrypoints.openai.state import ServerState
+    from fastdeploy.frontend.generation import Generator
+    from fastdeploy.wire.messages import LoadProgress, Status
+
+PROGRAM = "python -m fastdeploy.entrypoints.openai.api_server"
+LOGGER = logging.getLogger("fastdeploy.api_server")
+EXAMPLE = f"""Example:
+  {PROGRAM} --model DIR --port 8000
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{{"prompt": "Hello"}}'"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until it is told to stop.
+
+    Returns 0 after an orderly end, 2 for wrong flags or a busy port, 1 when the engine does not start or dies,
+    130 when a second signal cut the end short.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser = build_parser(PROGRAM, ServerArgs, EngineArgs, epilog=EXAMPLE)
+        flags = parser.parse_flags(args)
+        return _start(ServerArgs.from_namespace(flags), EngineArgs.from_namespace(flags), os.environ)
+    except FastDeployError as exc:
+        for line in str(exc).splitlines():
+            print(f"fastdeploy: error: {line}", file=sys.stderr)
+        return 2 if isinstance(exc, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _start(server: ServerArgs, engine: EngineArgs, environ: Mapping[str, str]) -> int:
+    """Binds first: a busy port is reported before a model is looked at. Raises `FastDeployError`."""
+    from fastdeploy.entrypoints.openai.server import bind
+
+    server = resolve_server(server, environ)
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(bind(server.host, server.port, "--port"))]
+        if server.metrics_port is not None and server.metrics_port != server.port:
+            sockets.append(stack.enter_context(bind(server.host, server.metrics_port, "--metrics-port")))
+        setup_logging(log_dir(environ), "api_server", environ=environ)
+        server, config = resolve_all(server, engine, environ)
+        LOGGER.info("flags: %s", _shown_flags(server, engine))
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            in_order = runner.run(_serve(server, engine, config, sockets, environ))
+    return 0 if in_order else 130
+
+
+async def _serve(
+    server: ServerArgs,
+    engine: EngineArgs,
+    config: EngineConfig,
+    sockets: Sequence[socket.socket],
+    environ: Mapping[str, str],
+) -> bool:
+    """Runs the server on bound sockets. Raises `FastDeployError`."""
+    from fastdeploy.entrypoints.openai.app import create_app, create_metrics_app
+    from fastdeploy.entrypoints.openai.server import HttpServer, address_of
+    from fastdeploy.frontend.chat_template import ChatTemplate
+    from fastdeploy.frontend.launch import running_generator
+    from fastdeploy.frontend.tokenizer import load_tokenizer
+    from fastdeploy.observability.startup import StartupReport, Throughput
+
+    state = make_state(server, engine, config, environ)
+    report, throughput = StartupReport(), Throughput()
+    console = logging.getLogger(CONSOLE)
+
+    def on_progress(progress: LoadProgress) -> None:
+        done = f" {progress.done} of {progress.total} {progress.unit}" if progress.total else ""
+        state.stage = f"starting: {progress.stage}{done}"
+        report.on_progress(progress)
+
+    def on_status(status: Status) -> None:
+        line = throughput.update(status, time.monotonic())
+        if line is not None:
+            console.info(line)
+
+    @asynccontextmanager
+    async def engine_context() -> AsyncGenerator[Generator, None]:
+        if engine.chat_template is not None:  # a mistake in it shows before minutes of loading, not after
+            tokenizer = await asyncio.to_thread(load_tokenizer, config.model.tokenizer_path or config.model.path)
+            state.chat_template = ChatTemplate(tokenizer, engine.chat_template)
+        async with running_generator(config, state.metrics, on_progress, on_status) as generator:
+            state.chat_template = state.chat_template or ChatTemplate(generator.tokenizer)
+            yield generator
+
+    apps = [create_app(state)] + [create_metrics_app(state) for _ in sockets[1:]]
+    http = HttpServer(state, list(zip(apps, sockets, strict=True)), server.timeout_graceful_shutdown)
+    try:
+        return await http.run(
+            engine_context, lambda generator: report.on_ready(config, generator.ready, address_of(sockets[0]))
+        )
+    finally:
+        report.close()
+
+
+def make_state(server: ServerArgs, engine: EngineArgs, config: EngineConfig, environ: Mapping[str, str]) -> ServerState:
+    """What the flags say about the HTTP side."""
+    from fastdeploy.entrypoints.openai.state import ServerState, Slots
+    from fastdeploy.observability.metrics import Metrics
+
+    return ServerState(
+        config=config,
+        metrics=Metrics(),
+        slots=Slots(server.max_concurrency),
+        verify_model=engine.served_model_name is not None,
+        api_keys=server.api_key,
+        max_waiting_s=server.max_waiting_time if server.max_waiting_time > 0 else None,
+        silence_s=server.timeout or None,
+        serves_metrics=server.metrics_port in (None, server.port),
+        environment=environ,
+    )
+
+
+def _shown_flags(server: ServerArgs, engine: EngineArgs) -> str:
+    """The flags that differ from their defaults, for the log; keys are counted, not shown."""
+    shown = []
+    for args in (server, engine):
+        defaults = type(args)()
+        for name in args.__dataclass_fields__:
+            value = getattr(args, name)
+            if value != getattr(defaults, name):
+                hidden = f"({len(value)} hidden)" if name == "api_key" else "(hidden)" if "password" in name else None
+                shown.append(f"--{name.replace('_', '-')}={hidden or value}")
+    return " ".join(shown) or "all at their defaults"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The engine core's hands: it starts the ranks of one replica, sends each the same plan, and takes rank 0's answer.
+
+All ranks fail together: when one dies or reports an error, the executor raises and the core ends with that reason.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
+
+from fastdeploy import errors
+from fastdeploy.config.schema import EngineConfig
+from fastdeploy.wire.child import Child
+from fastdeploy.wire.messages import (
+    LoadProgress,
+    RankAlive,
+    RankBoot,
+    RankEvent,
+    RankFailed,
+    RankReady,
+    StepPlan,
+    StepResult,
+)
+
+_decode = msgspec.msgpack.Decoder(RankEvent).decode
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Executor:
+    """The ranks of one replica."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.children: list[Child] = []
+        self.connections: list[Connection] = []
+        self._last_progress_s = time.monotonic()
+        self._n_layers_done = -1
+        for rank in range(config.parallel.tensor):
+            ours, theirs = socket.socketpair()
+            log = Path(config.log_dir) / f"workerlog.{config.parallel.data_rank * config.parallel.tensor + rank}"
+            boot = RankBoot(config, rank, theirs.fileno())
+            child = Child(f"rank {rank}", "fastdeploy.executor.worker", boot, log, pass_fds=[theirs.fileno()])
+            theirs.close()
+            self.children.append(child)
+            self.connections.append(Connection(ours.detach()))
+
+    def wait_ready(self, on_progress: Callable[[LoadProgress], None], patience_s: float) -> RankReady:
+        """Wait for all ranks; returns the one with the fewest pages. Raises the error a rank failed with."""
+        ready: dict[int, RankReady] = {}
+        deadline_s = time.monotonic() + patience_s
+        while len(ready) < len(self.connections):
+            for rank, connection in enumerate(self.connections):
+                if rank in ready or not connection.poll(0.1):
+                    continue
+                match self._receive(rank):
+                    case RankReady() as message:
+                        ready[rank] = message
+                    case LoadProgress() as progress:
+                        deadline_s = time.monotonic() + patience_s
+                        if rank == 0:
+                            on_progress(progress)
+                    case _:
+                        pass
+            if time.monotonic() > deadline_s:
+                late = [child.name for rank, child in enumerate(self.children) if rank not in ready]
+                raise errors.EngineStartError(f"{', '.join(late)}: no progress for {patience_s:.0f} s while starting")
+        self._last_progress_s = time.monotonic()
+        return min(ready.values(), key=lambda r: r.n_pages)
+
+    def send(self, plan: StepPlan) -> None:
+        """Give a plan to all ranks."""
+        data = _encode(plan)
+        for rank, connection in enumerate(self.connections):
+            try:
+                connection.send_bytes(data)
+            except OSError:
+                raise self._dead(rank) from None
+
+    def receive(self) -> list[StepResult]:
+        """Rank 0's results that have arrived; does not wait. Raises when a rank is gone or has failed."""
+        results = []
+        for rank, connection in enumerate(self.connections):
+            while connection.poll(0):
+                event = self._receive(rank)
+                if isinstance(event, StepResult) and rank == 0:
+                    results.append(event)
+                    self._last_progress_s = time.monotonic()
+        return results
+
+    def stalled_s(self, busy_since_s: float) -> float:
+        """Seconds without any progress of rank 0, given that it has had work since `busy_since_s` (monotonic)."""
+        return max(0.0, time.monotonic() - max(self._last_progress_s, busy_since_s))
+
+    def stop(self) -> None:
+        """End all ranks."""
+        for connection in self.connections:
+            connection.close()
+        for child in self.children:
+            child.stop()
+
+    def _receive(self, rank: int) -> RankEvent:
+        try:
+            event: RankEvent = _decode(self.connections[rank].recv_bytes())
+        except (EOFError, OSError):
+            raise self._dead(rank) from None
+        match event:
+            case RankFailed(kind, message):
+                raise getattr(errors, kind, errors.EngineDeadError)(message)
+            case RankAlive(n_layers_done) if rank == 0 and n_layers_done != self._n_layers_done:
+                self._n_layers_done = n_layers_done
+                self._last_progress_s = time.monotonic()
+            case _:
+                pass
+        return event
+
+    def _dead(self, rank: int) -> errors.EngineDeadError:
+        child = self.children[rank]
+        try:
+            child.process.wait(2)
+        except Exception:  # still going down: say so rather than wait for it
+            return errors.EngineDeadError(f"{child.name} closed its connection")
+        return errors.EngineDeadError(child.describe_death())

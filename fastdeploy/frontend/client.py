@@ -1,0 +1,219 @@
+"""The front end's side of one engine core: starts it, sends requests, hands out what comes back, notices its death."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from fastdeploy import errors
+from fastdeploy.config.schema import EngineConfig
+from fastdeploy.errors import EngineDeadError, EngineError, EngineUnavailable, FastDeployError
+from fastdeploy.wire.channel import FrontEndChannel, new_endpoint, new_keys
+from fastdeploy.wire.child import Child
+from fastdeploy.wire.messages import (
+    Abort,
+    CoreBoot,
+    EngineFailed,
+    Hello,
+    LoadProgress,
+    Ready,
+    Shutdown,
+    Status,
+    StepOutput,
+    Submit,
+    TokenDelta,
+)
+
+_SILENCE_LIMIT_S = 5.0  # a core reports every second
+_STOP_PATIENCE_S = 5.0
+
+
+class EngineProcess:
+    """An engine core that this process started, and how to reach it. Blocking; used from any thread."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.endpoint = new_endpoint()
+        self.public_key, secret_key = new_keys()
+        name = f"core{config.parallel.data_rank}"
+        boot = CoreBoot(config, self.endpoint, secret_key, self.public_key)
+        self.child = Child(f"engine {name}", "fastdeploy.engine.core", boot, Path(config.log_dir) / f"{name}.log")
+
+    def stop(self) -> None:
+        """End the core and with it its ranks."""
+        self.child.stop(_STOP_PATIENCE_S)
+
+
+class Inbox:
+    """Where the deltas of one or more engine requests gather until their reader takes them."""
+
+    def __init__(self) -> None:
+        self._deltas: list[TokenDelta] = []
+        self._error: FastDeployError | None = None
+        self._wake = asyncio.Event()
+
+    def put(self, delta: TokenDelta) -> None:
+        """Called by the client for each delta."""
+        self._deltas.append(delta)
+        self._wake.set()
+
+    def fail(self, error: FastDeployError) -> None:
+        """No more deltas will come; `take` raises."""
+        self._error = error
+        self._wake.set()
+
+    async def take(self) -> list[TokenDelta]:
+        """All deltas since the last call, at least one. Raises the error the engine died with."""
+        await self._wake.wait()
+        self._wake.clear()
+        deltas, self._deltas = self._deltas, []
+        if not deltas:
+            assert self._error is not None
+            raise EngineUnavailable(f"the engine stopped: {self._error}")
+        if self._error is not None:
+            self._wake.set()
+        return deltas
+
+
+class EngineClient:
+    """Requests to one engine core, on one event loop."""
+
+    def __init__(self, engine: EngineProcess, stall_limit_s: float, on_status: Callable[[Status], None]) -> None:
+        self._engine = engine
+        self._stall_limit_s = stall_limit_s
+        self._on_status = on_status
+        self._channel = FrontEndChannel(engine.endpoint, engine.public_key)
+        self._inboxes: dict[str, Inbox] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._sends: set[asyncio.Task[None]] = set()
+        self._death: asyncio.Future[EngineError] = asyncio.get_running_loop().create_future()
+        self._status: Status | None = None
+        self._heard_s = 0.0
+
+    async def connect(self, on_progress: Callable[[LoadProgress], None]) -> Ready:
+        """Wait until the engine takes requests. Raises the error that it failed to start with."""
+        ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._tasks = [
+            asyncio.create_task(self._receive(ready, on_progress), name="engine events"),
+            asyncio.create_task(self._watch(), name="engine process"),
+        ]
+        await self._channel.send(Hello())
+        waits: list[asyncio.Future[Any]] = [ready, self._death]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if not ready.done():
+            raise self._death.result()
+        return ready.result()
+
+    def submit(self, requests: Iterable[Submit], inbox: Inbox) -> None:
+        """Send requests whose deltas go to `inbox`. Raises EngineUnavailable when the engine is gone."""
+        self._check_alive()
+        for request in requests:
+            self._inboxes[request.request_id] = inbox
+            self._send(request)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests that still run; their inbox gets a last delta with finish reason "abort"."""
+        alive = [request_id for request_id in request_ids if request_id in self._inboxes]
+        if alive and not self._death.done():
+            self._send(Abort(alive))
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Abort requests nobody reads any more."""
+        request_ids = list(request_ids)
+        self.abort(request_ids)
+        for request_id in request_ids:
+            self._inboxes.pop(request_id, None)
+
+    def has(self, request_id: str) -> bool:
+        """Whether a request of this id is alive."""
+        return request_id in self._inboxes
+
+    def health(self) -> str | None:
+        """None while the engine makes progress or has nothing to do, else what is wrong."""
+        if self._death.done():
+            return str(self._death.result())
+        silence_s = time.monotonic() - self._heard_s
+        if silence_s > _SILENCE_LIMIT_S:
+            return f"the engine core has been silent for {silence_s:.0f} s"
+        if self._status is not None and self._status.stalled_s > self._stall_limit_s:
+            return f"the ranks have made no progress for {self._status.stalled_s:.0f} s"
+        return None
+
+    async def died(self) -> EngineError:
+        """Waits for the engine's death and says what it was."""
+        return await asyncio.shield(self._death)
+
+    async def close(self) -> None:
+        """Stop the engine."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if not self._death.done():
+            self._death.set_result(EngineDeadError("the engine was stopped"))
+            await self._channel.send(Shutdown())
+        await asyncio.to_thread(self._engine.stop)
+        self._channel.close()
+
+    def _check_alive(self) -> None:
+        if self._death.done():
+            raise EngineUnavailable(f"the engine stopped: {self._death.result()}")
+
+    def _send(self, command: Submit | Abort) -> None:
+        task = asyncio.create_task(self._channel.send(command))
+        self._sends.add(task)
+        task.add_done_callback(self._sends.discard)
+
+    async def _receive(self, ready: asyncio.Future[Ready], on_progress: Callable[[LoadProgress], None]) -> None:
+        while True:
+            event = await self._channel.receive()
+            self._heard_s = time.monotonic()
+            match event:
+                case StepOutput(deltas):
+                    self._hand_out(deltas)
+                case Status():
+                    self._status = event
+                    self._on_status(event)
+                case LoadProgress():
+                    on_progress(event)
+                case Ready():
+                    if not ready.done():
+                        ready.set_result(event)
+                case EngineFailed(kind, message):
+                    error = getattr(errors, kind, EngineDeadError)(message)
+                    self._die(error if isinstance(error, FastDeployError) else EngineDeadError(message))
+
+    def _hand_out(self, deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            inbox = self._inboxes.get(delta.request_id)
+            if inbox is None:
+                continue  # its reader has gone
+            if delta.finish_reason is not None:
+                del self._inboxes[delta.request_id]
+            inbox.put(delta)
+
+    async def _watch(self) -> None:
+        """Wait for the core's process to end, without a thread."""
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        fd = os.pidfd_open(self._engine.child.process.pid)
+        loop.add_reader(fd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(fd)
+            os.close(fd)
+        await asyncio.sleep(0.1)  # what it said at last may still be on its way
+        self._engine.child.process.poll()
+        self._die(EngineDeadError(self._engine.child.describe_death()))
+
+    def _die(self, error: FastDeployError) -> None:
+        if self._death.done():
+            return
+        # Errors of the configuration or the checkpoint reach the user as they are.
+        self._death.set_result(error)  # type: ignore[arg-type]
+        for inbox in self._inboxes.values():
+            inbox.fail(error)
+        self._inboxes.clear()

@@ -1,0 +1,160 @@
+"""Paged attention in plain torch: the reference of every other backend, and the CPU path.
+
+Pages are [n_pages, page_tokens, 2 * kv heads, D], keys before values, so that one copy stores a step's keys and
+values and one gather fetches a sequence's. Sequences with one new token (decode) are attended together, padded to the
+longest of their group; groups are cut so that padding stays small. Longer chunks (prefill) go one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from fastdeploy.layers.attention.base import AttentionShape, BatchLayout
+from fastdeploy.layers.rotary import rotate
+from fastdeploy.runner.step import StepContext
+
+_MAX_PADDING = 1.5  # a decode group's longest sequence over its shortest, in pages
+_QUERY_BLOCK = 512  # rows of one prefill mask, which bounds its memory
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeGroup:
+    rows_s: Tensor  # rows of this group's tokens among the step's tokens
+    pages: Tensor  # [s * pages of the longest], row by row
+    mask_s11C: Tensor  # 0 where a key counts, -inf where it is padding
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    first: int
+    n_new: int
+    n_context: int
+    pages: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TorchAttentionPlan:
+    """Where keys and values go, and the batch cut into decode groups and prefill chunks."""
+
+    slot_t: Tensor
+    decodes: list[_DecodeGroup]
+    prefills: list[_Prefill]
+
+
+class TorchAttention:
+    """See the module's text; implements AttentionBackend."""
+
+    def __init__(self, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+
+    def allocate(self, n_pages: int) -> list[Tensor]:
+        """Zeroed pages (a masked NaN would still spoil a sum); the system gives memory when a page is first touched."""
+        s = self.shape
+        size = (n_pages, s.page_tokens, 2 * s.n_kv_heads, s.head_dim)
+        return [torch.zeros(size, dtype=self.dtype, device=self.device) for _ in range(s.n_layers)]
+
+    def page_bytes(self) -> int:
+        s = self.shape
+        return s.n_layers * s.page_tokens * 2 * s.n_kv_heads * s.head_dim * self.dtype.itemsize
+
+    def prepare(self, batch: BatchLayout) -> TorchAttentionPlan:
+        first_s = np.cumsum(batch.n_new_s) - batch.n_new_s
+        n_pages_s = -(-batch.n_context_s // self.shape.page_tokens)
+        prefills = [
+            _Prefill(
+                int(first_s[i]),
+                int(batch.n_new_s[i]),
+                int(batch.n_context_s[i]),
+                self._tensor(batch.page_table_sp[i, : n_pages_s[i]]),
+            )
+            for i in np.flatnonzero(batch.n_new_s != 1)
+        ]
+        decodes = [self._decode_group(batch, first_s, n_pages_s, group) for group in _groups(batch.n_new_s, n_pages_s)]
+        return TorchAttentionPlan(self._tensor(batch.slot_t), decodes, prefills)
+
+    def attend(self, qkv_thd: Tensor, layer: int, step: StepContext) -> Tensor:
+        s, plan, pages = self.shape, step.attention, step.pages_l[layer]
+        assert isinstance(plan, TorchAttentionPlan)
+        n_qk = s.n_heads + s.n_kv_heads
+        qkv_thd[:, :n_qk] = rotate(qkv_thd[:, :n_qk], step.rotation_td)
+        pages.view(-1, 2 * s.n_kv_heads, s.head_dim).index_copy_(0, plan.slot_t, qkv_thd[:, s.n_heads :])
+        q_thd = qkv_thd[:, : s.n_heads]
+        if len(plan.decodes) == 1 and not plan.prefills:
+            return self._decode(q_thd, pages, plan.decodes[0])
+        out_tX = qkv_thd.new_empty(qkv_thd.shape[0], s.n_heads * s.head_dim)
+        for group in plan.decodes:
+            out_tX[group.rows_s] = self._decode(q_thd[group.rows_s], pages, group)
+        for chunk in plan.prefills:
+            rows = slice(chunk.first, chunk.first + chunk.n_new)
+            out_tX[rows] = self._prefill(q_thd[rows], pages, chunk)
+        return out_tX
+
+    def _decode(self, q_shd: Tensor, pages: Tensor, group: _DecodeGroup) -> Tensor:
+        """One query each: the query heads that share a key head take the place of query positions."""
+        s = self.shape
+        n = q_shd.shape[0]
+        kv_sChd = pages.index_select(0, group.pages).view(n, -1, 2 * s.n_kv_heads, s.head_dim)
+        k_shCd, v_shCd = kv_sChd.transpose(1, 2).split(s.n_kv_heads, dim=1)
+        q_shgd = q_shd.reshape(n, s.n_kv_heads, -1, s.head_dim)
+        out_shgd = functional.scaled_dot_product_attention(q_shgd, k_shCd, v_shCd, attn_mask=group.mask_s11C)
+        return out_shgd.reshape(n, -1)
+
+    def _prefill(self, q_thd: Tensor, pages: Tensor, chunk: _Prefill) -> Tensor:
+        s = self.shape
+        kv_Chd = pages.index_select(0, chunk.pages).view(-1, 2 * s.n_kv_heads, s.head_dim)[: chunk.n_context]
+        k_hCd, v_hCd = kv_Chd.transpose(0, 1).split(s.n_kv_heads, dim=0)
+        n_before = chunk.n_context - chunk.n_new
+        parts = []
+        for start in range(0, chunk.n_new, _QUERY_BLOCK):
+            q_hqd = q_thd[start : start + _QUERY_BLOCK].transpose(0, 1)
+            n_q = q_hqd.shape[1]
+            n_seen = n_before + start + n_q
+            mask_qC = torch.ones(n_q, n_seen, dtype=torch.bool, device=q_thd.device).tril(n_before + start)
+            out_1hqd = functional.scaled_dot_product_attention(
+                q_hqd[None], k_hCd[None, :, :n_seen], v_hCd[None, :, :n_seen], attn_mask=mask_qC, enable_gqa=True
+            )
+            parts.append(out_1hqd[0].transpose(0, 1).reshape(n_q, -1))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _decode_group(
+        self, batch: BatchLayout, first_s: NDArray[np.int32], n_pages_s: NDArray[np.int32], group: NDArray[np.int64]
+    ) -> _DecodeGroup:
+        n_pages = int(n_pages_s[group].max())
+        used_sp = np.arange(n_pages) < n_pages_s[group, None]
+        pages_sp = np.where(used_sp, batch.page_table_sp[group, :n_pages], batch.page_table_sp[group, :1])
+        counts_sC = np.arange(n_pages * self.shape.page_tokens) < batch.n_context_s[group, None]
+        mask_s11C = torch.zeros(len(group), 1, 1, counts_sC.shape[1], dtype=self.dtype, device=self.device)
+        mask_s11C.masked_fill_(~self._tensor(counts_sC)[:, None, None], -torch.inf)
+        return _DecodeGroup(self._tensor(first_s[group]), self._tensor(pages_sp.ravel()), mask_s11C)
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        if array.dtype == np.int32:
+            array = array.astype(np.int64)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def _groups(n_new_s: NDArray[np.int32], n_pages_s: NDArray[np.int32]) -> list[NDArray[np.int64]]:
+    """Sequences with one new token, cut where the longest would exceed `_MAX_PADDING` times the shortest.
+
+    A batch that fits one group keeps its order, so that its rows are the step's rows.
+    """
+    decode = np.flatnonzero(n_new_s == 1)
+    if len(decode) == 0:
+        return []
+    if len(decode) == 1 or n_pages_s[decode].max() <= _MAX_PADDING * n_pages_s[decode].min() + 1:
+        return [decode]
+    by_length = decode[np.argsort(n_pages_s[decode], kind="stable")]
+    groups, start = [], 0
+    for i in range(1, len(by_length) + 1):
+        if i == len(by_length) or n_pages_s[by_length[i]] > _MAX_PADDING * n_pages_s[by_length[start]] + 1:
+            groups.append(by_length[start:i])
+            start = i
+    return groups

@@ -1,0 +1,53 @@
+"""The router of a sparse layer: which experts a token goes to, and with what weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastdeploy.config.schema import MoEShape
+from fastdeploy.layers.placement import Placement
+from fastdeploy.models.weights import WeightSource
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """expert_tk: int64 [t, k] expert ids; weight_tk: [t, k] in the activations' dtype."""
+
+    expert_tk: Tensor
+    weight_tk: Tensor
+
+
+class Gate(nn.Module):
+    """Softmax over all experts, top k of probability plus correction bias, weights without the bias.
+
+    The bias only steers the selection (auxiliary-loss-free balancing, Wang et al., 2024).
+    """
+
+    def __init__(self, hidden_size: int, moe: MoEShape, place: Placement) -> None:
+        super().__init__()
+        self.moe = moe
+        gate_dtype = torch.float32 if moe.gate_in_float32 else place.dtype
+        self.weight_eH = torch.empty(moe.n_experts, hidden_size, dtype=gate_dtype, device=place.device)
+        self.bias_e = torch.empty(moe.n_experts, device=place.device) if moe.has_correction_bias else None
+
+    def forward(self, x_tH: Tensor) -> Routing:
+        score_te = functional.linear(x_tH.to(self.weight_eH.dtype), self.weight_eH).softmax(-1, dtype=torch.float32)
+        if self.bias_e is None:
+            weight_tk, expert_tk = score_te.topk(self.moe.n_experts_per_token, dim=-1)
+        else:
+            expert_tk = (score_te + self.bias_e).topk(self.moe.n_experts_per_token, dim=-1).indices
+            weight_tk = score_te.gather(-1, expert_tk)
+        if self.moe.renormalise:
+            weight_tk = weight_tk / weight_tk.sum(-1, keepdim=True).clamp_min(self.moe.norm_min)
+        return Routing(expert_tk, weight_tk.to(x_tH.dtype))
+
+    def load(self, weights: WeightSource, name: str) -> None:
+        """Fill from `NAME.weight` [e, H] and, where the family has one, `NAME.e_score_correction_bias` [e]."""
+        self.weight_eH.copy_(weights.require(f"{name}.weight", tuple(self.weight_eH.shape)).read())
+        if self.bias_e is not None:
+            shape = (self.moe.n_experts,)
+            self.bias_e.copy_(weights.require(f"{name}.e_score_correction_bias", shape).read())

@@ -1,0 +1,1 @@
+"""What a running server tells: log files, start-up and status lines, metrics."""

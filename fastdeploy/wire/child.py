@@ -1,0 +1,120 @@
+"""Child processes that cannot outlive their parent.
+
+A child is `python -m MODULE` with a pipe as its standard input. The parent writes one boot message and keeps the pipe
+open: it is the child's lifeline. When the parent is gone, however it went, the pipe ends and the child ends with it.
+Children ignore SIGINT and SIGTERM: the root of the tree drains and then stops them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+Boot = TypeVar("Boot", bound=msgspec.Struct)
+
+_LENGTH = struct.Struct("<I?")  # bytes of the boot message, and whether the parent's main thread started the child
+_LIFELINE = 0  # standard input
+_PR_SET_PDEATHSIG = 1
+
+
+class Child:
+    """A running child: `process`, its `name` for messages, and the `log` that takes its standard output and error."""
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        boot: msgspec.Struct,
+        log: Path,
+        *,
+        pass_fds: Sequence[int] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._log_start = output.tell()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=pass_fds,
+                env={**os.environ, **(env or {})},
+            )
+        message = msgspec.msgpack.encode(boot)
+        # The kernel ties the death signal to the starting thread, so it only serves where that thread lives for good.
+        by_main_thread = threading.current_thread() is threading.main_thread()
+        assert self.process.stdin is not None
+        self.process.stdin.write(_LENGTH.pack(len(message), by_main_thread) + message)
+        self.process.stdin.flush()
+
+    def describe_death(self, n_lines: int = 10) -> str:
+        """How the child ended and the last lines it wrote."""
+        code = self.process.poll()
+        if code is None:
+            how = "is alive"
+        elif code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        else:
+            how = f"ended with status {code}"
+        lines = self.last_lines(n_lines)
+        return f"{self.name} (pid {self.process.pid}) {how}" + (
+            f"; its last lines in {self.log}:\n{lines}" if lines else ""
+        )
+
+    def last_lines(self, n_lines: int) -> str:
+        """The end of what this child wrote to its log."""
+        with self.log.open("rb") as log:
+            log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - 65536))
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-n_lines:])
+
+    def stop(self, patience_s: float = 5.0) -> None:
+        """Cut the lifeline, wait, and kill what does not end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def receive_boot(kind: type[Boot]) -> Boot:
+    """In the child: the boot message; from here on the process ends when its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    length, by_main_thread = _LENGTH.unpack(_read_exactly(_LIFELINE, _LENGTH.size))
+    boot = msgspec.msgpack.decode(_read_exactly(_LIFELINE, length), type=kind)
+    if by_main_thread:
+        # Reaches even a stopped process, which could not notice the end of its pipe.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, name="lifeline", daemon=True).start()
+    return boot
+
+
+def _read_exactly(fd: int, n_bytes: int) -> bytes:
+    data = b""
+    while len(data) < n_bytes:
+        part = os.read(fd, n_bytes - len(data))
+        if not part:
+            os._exit(1)  # the parent died while starting us
+        data += part
+    return data
+
+
+def _end_with_parent() -> None:
+    while os.read(_LIFELINE, 1):
+        continue
+    os._exit(0)
