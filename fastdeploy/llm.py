@@ -82,7 +82,7 @@ class LLM:
         report = StartupReport()
         try:
             self._generator = self._run(self._start(report))
-            report.on_ready(self.config, self._generator.ready, "offline")
+            report.on_ready(self.config, self._generator.ready, "")
             self._template = ChatTemplate(self._generator.tokenizer, chat_template)
         except BaseException:
             self.close()

@@ -5,6 +5,7 @@ One loop: take commands, commit results, plan the next step while the ranks comp
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import sys
 import time
@@ -17,6 +18,7 @@ from fastdeploy.engine.scheduler import Scheduler
 from fastdeploy.engine.step import PlannedStep
 from fastdeploy.errors import EngineDeadError, FastDeployError, RequestError
 from fastdeploy.executor.executor import Executor
+from fastdeploy.observability.logs import setup_logging
 from fastdeploy.wire.channel import CoreChannel
 from fastdeploy.wire.child import receive_boot
 from fastdeploy.wire.messages import (
@@ -150,7 +152,8 @@ class EngineCore:
 def main() -> int:
     """Entry point of the process."""
     boot = receive_boot(CoreBoot)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s core %(message)s", stream=sys.stderr)
+    setup_logging(boot.config.log_dir, f"core{boot.config.parallel.data_rank}", console=False)
+    faulthandler.enable()
     core = EngineCore(boot)
     try:
         core.start()

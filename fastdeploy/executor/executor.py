@@ -41,9 +41,10 @@ class Executor:
         self._n_layers_done = -1
         for rank in range(config.parallel.tensor):
             ours, theirs = socket.socketpair()
-            log = Path(config.log_dir) / f"workerlog.{config.parallel.data_rank * config.parallel.tensor + rank}"
-            boot = RankBoot(config, rank, theirs.fileno())
-            child = Child(f"rank {rank}", "fastdeploy.executor.worker", boot, log, pass_fds=[theirs.fileno()])
+            number = config.parallel.data_rank * config.parallel.tensor + rank
+            boot = RankBoot(config, number, theirs.fileno())
+            output = Path(config.log_dir) / f"rank{number}.out"
+            child = Child(f"rank {number}", "fastdeploy.executor.worker", boot, output, pass_fds=[theirs.fileno()])
             theirs.close()
             self.children.append(child)
             self.connections.append(Connection(ours.detach()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from fastdeploy.errors import FastDeployError
+from fastdeploy.observability.logs import setup_logging
 from fastdeploy.wire.child import receive_boot
 from fastdeploy.wire.messages import (
     LoadProgress,
@@ -64,7 +66,8 @@ class CoreLink:
 def main() -> None:
     """Entry point of the process."""
     boot = receive_boot(RankBoot)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s rank %(message)s")
+    setup_logging(boot.config.log_dir, f"rank{boot.number}", console=False)
+    faulthandler.enable()
     link = CoreLink(boot.connection_fd)
     try:
         _serve(boot, link)
@@ -73,7 +76,7 @@ def main() -> None:
         link.send(RankFailed(type(error).__name__, str(error)))
     except Exception as error:
         log.exception("rank failed")
-        link.send(RankFailed("EngineDeadError", f"rank {boot.rank}: {type(error).__name__}: {error}"))
+        link.send(RankFailed("EngineDeadError", f"rank {boot.number}: {type(error).__name__}: {error}"))
 
 
 def _serve(boot: RankBoot, link: CoreLink) -> None:

@@ -40,7 +40,7 @@ class EngineProcess:
         self.public_key, secret_key = new_keys()
         name = f"core{config.parallel.data_rank}"
         boot = CoreBoot(config, self.endpoint, secret_key, self.public_key)
-        self.child = Child(f"engine {name}", "fastdeploy.engine.core", boot, Path(config.log_dir) / f"{name}.log")
+        self.child = Child(f"engine {name}", "fastdeploy.engine.core", boot, Path(config.log_dir) / f"{name}.out")
 
     def stop(self) -> None:
         """End the core and with it its ranks."""

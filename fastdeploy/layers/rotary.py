@@ -38,7 +38,10 @@ def rotate(x_thd: Tensor, rotation_td: Tensor) -> Tensor:
 
 def _inverse_frequencies(rope: RopeShape, head_dim: int) -> tuple[Tensor, float]:
     """(1 / wavelength of each pair in radians per position [D/2], amplitude of the rotation)."""
-    base_d = rope.theta ** (-torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    # In this order of operations, which is that of transformers: one bit of a frequency is 0.008 radians at position
+    # 131072.
+    radius_d = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    base_d = 1.0 / radius_d
     scaling = rope.scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
@@ -48,7 +51,7 @@ def _inverse_frequencies(rope: RopeShape, head_dim: int) -> tuple[Tensor, float]
     if kind == "llama3":
         return _llama3(base_d, scaling), 1.0
     if kind == "yarn":
-        return _yarn(base_d, rope.theta, head_dim, scaling)
+        return _yarn(radius_d, rope.theta, head_dim, scaling)
     raise ConfigError(f"rope_scaling: type {kind!r} is not supported; known are default, linear, llama3, yarn")
 
 
@@ -56,12 +59,12 @@ def _llama3(base_d: Tensor, scaling: dict[str, Any]) -> Tensor:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
     factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
     original = float(scaling["original_max_position_embeddings"])
-    turns_d = original * base_d / (2 * math.pi)
+    turns_d = original / (2 * math.pi / base_d)
     keep_d = ((turns_d - low) / (high - low)).clamp(0, 1)
-    return base_d * keep_d + base_d / factor * (1 - keep_d)
+    return (1 - keep_d) * base_d / factor + keep_d * base_d
 
 
-def _yarn(base_d: Tensor, theta: float, head_dim: int, scaling: dict[str, Any]) -> tuple[Tensor, float]:
+def _yarn(radius_d: Tensor, theta: float, head_dim: int, scaling: dict[str, Any]) -> tuple[Tensor, float]:
     """YaRN (Peng et al., 2023): a ramp between interpolated and kept frequencies, and an amplitude."""
     factor = float(scaling["factor"])
     original = float(scaling["original_max_position_embeddings"])
@@ -71,7 +74,7 @@ def _yarn(base_d: Tensor, theta: float, head_dim: int, scaling: dict[str, Any]) 
 
     low = max(math.floor(pair_with_turns(float(scaling.get("beta_fast") or 32))), 0)
     high = min(math.ceil(pair_with_turns(float(scaling.get("beta_slow") or 1))), head_dim - 1)
-    ramp_d = ((torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    keep_d = 1 - ((torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
 
     def amplitude(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -83,4 +86,4 @@ def _yarn(base_d: Tensor, theta: float, head_dim: int, scaling: dict[str, Any]) 
         amplitude_now = amplitude(float(mscale)) / amplitude(float(mscale_all))
     else:
         amplitude_now = amplitude(1.0)
-    return base_d / factor * ramp_d + base_d * (1 - ramp_d), amplitude_now
+    return 1.0 / (factor * radius_d) * (1 - keep_d) + 1.0 / radius_d * keep_d, amplitude_now

@@ -163,14 +163,14 @@ def draw(weights_sN: Tensor, uniforms_s: Tensor) -> Tensor:
     mass_sb = blocks_sbn.sum(-1, dtype=torch.float64)
     sums_sb = mass_sb.cumsum(-1)
     target_s1 = uniforms_s[:, None] * sums_sb[:, -1:]
-    block_s1 = _first_above(sums_sb, mass_sb, target_s1)
+    block_s1 = first_above(sums_sb, mass_sb, target_s1)
     rest_s1 = target_s1 - (sums_sb.gather(1, block_s1) - mass_sb.gather(1, block_s1))
     inner_sn = blocks_sbn.gather(1, block_s1[:, :, None].expand(-1, 1, size)).squeeze(1).double()
-    place_s1 = _first_above(inner_sn.cumsum(-1), inner_sn, rest_s1)
+    place_s1 = first_above(inner_sn.cumsum(-1), inner_sn, rest_s1)
     return (block_s1 * size + place_s1).squeeze(1)
 
 
-def _first_above(sums_sn: Tensor, weights_sn: Tensor, target_s1: Tensor) -> Tensor:
+def first_above(sums_sn: Tensor, weights_sn: Tensor, target_s1: Tensor) -> Tensor:
     """int64 [s, 1]: the first place of positive weight whose sum exceeds the target, or the last of positive weight.
 
     The latter is for rounding, which can leave the target at the very end.

@@ -28,27 +28,27 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Child:
-    """A running child: `process`, its `name` for messages, and the `log` that takes its standard output and error."""
+    """A running child: `process`, its `name` for messages, and the file that takes its standard output and error."""
 
     def __init__(
         self,
         name: str,
         module: str,
         boot: msgspec.Struct,
-        log: Path,
+        output: Path,
         *,
         pass_fds: Sequence[int] = (),
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
-        self.log = log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
-            self._log_start = output.tell()
+        self.output = output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("ab") as sink:
+            self._output_start = sink.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module],
                 stdin=subprocess.PIPE,
-                stdout=output,
+                stdout=sink,
                 stderr=subprocess.STDOUT,
                 pass_fds=pass_fds,
                 env={**os.environ, **(env or {})},
@@ -71,14 +71,14 @@ class Child:
             how = f"ended with status {code}"
         lines = self.last_lines(n_lines)
         return f"{self.name} (pid {self.process.pid}) {how}" + (
-            f"; its last lines in {self.log}:\n{lines}" if lines else ""
+            f"; its last lines in {self.output}:\n{lines}" if lines else ""
         )
 
     def last_lines(self, n_lines: int) -> str:
-        """The end of what this child wrote to its log."""
-        with self.log.open("rb") as log:
-            log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - 65536))
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-n_lines:])
+        """The end of what this child wrote."""
+        with self.output.open("rb") as written:
+            written.seek(max(self._output_start, written.seek(0, os.SEEK_END) - 65536))
+            return "\n".join(written.read().decode(errors="replace").splitlines()[-n_lines:])
 
     def stop(self, patience_s: float = 5.0) -> None:
         """Cut the lifeline, wait, and kill what does not end."""

@@ -226,5 +226,5 @@ class RankBoot(_Message, frozen=True):
     """What a rank is started with."""
 
     config: EngineConfig
-    rank: int
+    number: int  # among all ranks, counted from 0
     connection_fd: int

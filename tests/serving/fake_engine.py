@@ -146,7 +146,7 @@ class FakeGenerator:
     def check(self, prompt_ids: list[int], params: SamplingParams) -> SamplingParams:
         room = MAX_MODEL_LEN - len(prompt_ids)
         if room < 1:
-            raise ContextTooLong(f"the prompt has {len(prompt_ids)} tokens; the limit is {MAX_MODEL_LEN}", "messages")
+            raise ContextTooLong(f"the prompt has {len(prompt_ids)} tokens; the limit is {MAX_MODEL_LEN}", "prompt")
         return params.resolved({}, room)
 
     async def generate(
@@ -241,13 +241,14 @@ def end_of(delta: ChoiceDelta, reason: str) -> ChoiceDelta:
     return ChoiceDelta(delta.index, "", [], None, reason, None, None, 0, None, error)
 
 
-def make_state(generator: FakeGenerator, **fields: Any) -> ServerState:
+def make_state(fake: FakeGenerator, **fields: Any) -> ServerState:
+    """A state in which `fake` is up; `fields` come first."""
     defaults: dict[str, Any] = {
-        "config": generator.config,
-        "metrics": generator.metrics,
+        "config": fake.config,
+        "metrics": fake.metrics,
         "slots": Slots(64),
-        "chat_template": ChatTemplate(generator.tokenizer),
-        "generator": generator,
+        "chat_template": ChatTemplate(fake.tokenizer),
+        "generator": fake,
     }
     return ServerState(**{**defaults, **fields})
 

@@ -146,8 +146,13 @@ def test_model_name(served: Served, model: str, status: int) -> None:
 
 @pytest.mark.parametrize("n_chars", [MAX_MODEL_LEN, MAX_MODEL_LEN * 600])
 def test_too_long_a_prompt(served: Served, n_chars: int) -> None:
-    answer = httpx.post(f"{served.url}/v1/completions", json={"prompt": "x" * n_chars})
-    assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
+    for path, param, body in (
+        ("completions", "prompt", {"prompt": "x" * n_chars}),
+        ("chat/completions", "messages", {"messages": [{"role": "user", "content": "x" * n_chars}]}),
+    ):
+        answer = httpx.post(f"{served.url}/v1/{path}", json=body)
+        error = error_of(answer)
+        assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"nan", b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 100_000])
@@ -282,9 +287,9 @@ def test_api_keys() -> None:
         assert httpx.options(path).status_code == 405
         for free in ("/health", "/metrics", "/docs"):
             assert httpx.get(server.url + free).status_code == 200
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client:
-            with pytest.raises(openai.AuthenticationError):
-                client.models.list()
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+        with client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -307,15 +312,16 @@ def test_client_that_leaves_ends_its_request(stream: bool) -> None:
 def test_many_clients_at_once() -> None:
     texts: list[str] = []
     with serving(FakeGenerator(step_s=0.001)) as server:
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
-            def ask() -> None:
-                stream = client.completions.create(model="any", prompt="x", stream=True)
-                texts.append("".join(chunk.choices[0].text for chunk in stream))
+        def ask() -> None:
+            stream = client.completions.create(model="any", prompt="x", stream=True)
+            texts.append("".join(chunk.choices[0].text for chunk in stream))
 
-            threads = [threading.Thread(target=ask) for _ in range(16)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+        threads = [threading.Thread(target=ask) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        client.close()
     assert texts == ["hello"] * 16

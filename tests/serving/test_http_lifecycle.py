@@ -173,7 +173,7 @@ def test_busy_metrics_port(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_host_that_is_none() -> None:
-    with pytest.raises(ConfigError, match="--host no.such.host.invalid"):
+    with pytest.raises(ConfigError, match=r"--host no\.such\.host\.invalid"):
         bind("no.such.host.invalid", 0, "--port")
 
 

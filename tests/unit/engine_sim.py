@@ -20,7 +20,8 @@ from fastdeploy.config.schema import (
     SchedulerConfig,
 )
 from fastdeploy.engine.request import Request
-from fastdeploy.engine.scheduler import Deltas, PlannedStep, Scheduler
+from fastdeploy.engine.scheduler import Deltas, Scheduler
+from fastdeploy.engine.step import PlannedStep
 from fastdeploy.sampling_params import SamplingParams
 from fastdeploy.wire.messages import StepPlan, StepResult, Submit, TokenDelta, TokenLogprobs
 
@@ -168,7 +169,8 @@ class SimRank:
         assert len(set(plan.slots)) == len(plan.slots), "two grants for one slot"
         assert {start.slot for start in plan.starts} <= set(plan.slots), "a start without a grant"
         writers: dict[int, int] = {}
-        token_ids, prompt_logprobs = [], {}
+        token_ids: list[int] = []
+        prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
         for i, (slot_id, n, samples, new) in enumerate(
             zip(plan.slots, plan.n_tokens, plan.samples, plan.new_pages, strict=True)
         ):

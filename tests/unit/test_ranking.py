@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdeploy.runner.ranking import best_keys, first_depth, kept_tokens, key_token_ids, order_keys
-from fastdeploy.runner.sampler import draw
+from fastdeploy.runner.sampler import draw, first_above
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -99,6 +99,14 @@ def test_draw_never_finds_a_place_without_weight() -> None:
     assert draw(weights, ends).tolist() == [1500, 1500, 7, 2500]
     assert draw(torch.zeros(1, 3000), ends[:1]).tolist() == [0]
     assert draw(torch.full((1, 3000), math.nan), ends[:1]).tolist() == [0]
+
+
+def test_rounded_sums_never_lead_to_a_place_without_weight() -> None:
+    """A parallel scan need not grow steadily, and the target can round up to the total."""
+    weights = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0]])
+    sums = torch.tensor([[1e-16, 1.0, 1.0 + 1e-15, 2.0, 2.0]], dtype=torch.float64)
+    for target, place in [(0.0, 1), (1.0, 3), (2.0, 3), (-1e-16, 1)]:
+        assert first_above(sums, weights, torch.tensor([[target]], dtype=torch.float64)).tolist() == [[place]]
 
 
 def test_draw_is_exact_in_a_large_flat_vocabulary() -> None:

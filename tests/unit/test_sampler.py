@@ -107,6 +107,14 @@ def test_penalty_history_grows_and_gives_rows_back() -> None:
     assert state.history.n_output_hV.shape == (8, 5)
     edited = edit_logits(torch.zeros(6, 5), state.batch(list(range(6)), [1] * 6).layout)
     assert edited.argmin(-1).tolist() == [0, 1, 2, 3, 4, 0]
+    for slot in range(6):
+        state.start(slot, params(), [1], 1)
+    with pytest.raises(KeyError):
+        state.history.rows([0])
+    for slot in range(5, -1, -1):
+        state.start(slot, penal, [1, 2], 1)
+    assert state.history.n_output_hV.shape == (8, 5)
+    assert edit_logits(torch.zeros(6, 5), state.batch(list(range(6)), [1] * 6).layout).argmin(-1).tolist() == [2] * 6
 
 
 @given(st.data())

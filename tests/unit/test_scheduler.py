@@ -103,6 +103,13 @@ def test_partial_prefills_share_the_budget() -> None:
     assert granted(engine) == [{"0": 4, "1": 4}, {"0": 4, "1": 4}, {"0": 4, "1": 2, "2": 2}, {"1": 2, "2": 6}, {"2": 4}]
 
 
+def test_earlier_prompt_gets_no_smaller_share() -> None:
+    engine = Engine(make_config(max_batched_tokens=4, max_seqs=3, max_partial_prefills=3, max_long_partial_prefills=3))
+    engine.submit(*make_submits(3, n_prompt=2, max_tokens=1))
+    engine.plan()
+    assert granted(engine) == [{"0": 2, "1": 1, "2": 1}]
+
+
 def test_unused_share_goes_to_the_prompt_that_is_midway() -> None:
     engine = Engine(make_config(max_batched_tokens=8, max_seqs=4, max_partial_prefills=4, max_long_partial_prefills=4))
     engine.submit(make_submit("a", range(16), max_tokens=1))
@@ -176,9 +183,11 @@ def test_preempted_request_finds_its_own_pages() -> None:
 
 def test_output_of_a_preempted_request_is_not_kept_unless_wanted() -> None:
     engine = Engine(make_config(n_pages=6, page_tokens=2, max_seqs=2, output_caching=False))
-    engine.submit(make_submit("a", [1, 2, 3], max_tokens=6), make_submit("b", [4, 5], max_tokens=7))
+    engine.submit(make_submit("a", [1, 2, 3], max_tokens=10), make_submit("b", [4, 5], max_tokens=7))
     engine.run()
     assert engine.scheduler.status().n_preempted_total == 1
+    # b lost all its pages, so its prompt and output so far were computed again by one grant.
+    assert [(s.n_computed, len(s.token_ids) > 4) for p in engine.plans[1:] for s in p.plan.starts] == [(0, True)]
     assert engine.scheduler.pool.n_cached == 2  # one full page of each prompt
 
 

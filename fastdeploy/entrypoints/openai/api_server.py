@@ -17,7 +17,7 @@ from fastdeploy.config.flags import build_parser
 from fastdeploy.config.resolve import log_dir, resolve_all, resolve_server
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.errors import ConfigError, FastDeployError
-from fastdeploy.observability.logs import CONSOLE, setup_logging
+from fastdeploy.observability.logs import CONSOLE, close_logging, setup_logging
 
 if TYPE_CHECKING:
     from fastdeploy.entrypoints.openai.state import ServerState
@@ -60,6 +60,7 @@ def _start(server: ServerArgs, engine: EngineArgs, environ: Mapping[str, str]) -
         if server.metrics_port is not None and server.metrics_port != server.port:
             sockets.append(stack.enter_context(bind(server.host, server.metrics_port, "--metrics-port")))
         setup_logging(log_dir(environ), "api_server", environ=environ)
+        stack.callback(close_logging)
         server, config = resolve_all(server, engine, environ)
         LOGGER.info("flags: %s", _shown_flags(server, engine))
         import uvloop

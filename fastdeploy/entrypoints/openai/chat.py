@@ -12,7 +12,7 @@ from fastdeploy.entrypoints.openai.responses import ChatChoice, ChatCompletion, 
 from fastdeploy.entrypoints.openai.sampling import chat_params, check_model, check_n_answers, refuse_unsupported
 from fastdeploy.entrypoints.openai.schema import ChatRequest
 from fastdeploy.entrypoints.openai.state import ServerState
-from fastdeploy.errors import InvalidRequest
+from fastdeploy.errors import InvalidRequest, RequestError
 
 if TYPE_CHECKING:
     from fastdeploy.frontend.generation import ChoiceDelta, Generator
@@ -36,11 +36,16 @@ async def accept(
     params = chat_params(request, state.config, generator.tokenizer)
     check_n_answers(1, params.n)
     prompt = await chat_prompt(request, state, generator.tokenizer)
+    try:
+        params = generator.check(prompt.ids, params)
+    except RequestError as exc:
+        exc.param = "messages" if exc.param == "prompt" else exc.param  # the field that a chat request has for it
+        raise
     job = Job(
         request_id=request_id,
         model=state.config.model.served_name,
         prompts=[prompt],
-        params=[generator.check(prompt.ids, params)],
+        params=[params],
         stream=bool(request.stream),
         return_token_ids=bool(request.return_token_ids),
         tokens_per_chunk=request.max_streaming_response_tokens or 1,

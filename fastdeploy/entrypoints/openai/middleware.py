@@ -25,7 +25,8 @@ REQUEST_ID_KEY = "fastdeploy.request_id"  # scope entries
 CLIENT_ID_KEY = "fastdeploy.client_request_id"
 MAX_ID_CHARS = 128
 CLIENT_GONE = 499  # the usual figure in logs for a client that left before the answer began
-QUIET_PATHS = frozenset({"/health", "/ping", "/metrics"})  # probed every second: logged at debug level
+PROBED_PATHS = frozenset({"/health", "/ping", "/metrics"})  # every second: logged at debug level
+SELF_LOGGED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})  # log more about themselves when they end
 
 _NOT_ID = re.compile(r"[^A-Za-z0-9._:\-]")
 
@@ -64,7 +65,8 @@ class RequestIdMiddleware:
     def _note(self, scope: Scope, status: int, took_s: float) -> None:
         path, method = scope["path"], scope["method"]
         self._metrics.http_request(method, path if path in self._paths else "other", status)
-        level = logging.DEBUG if path in QUIET_PATHS and status < 400 else logging.INFO
+        is_quiet = path in PROBED_PATHS or (path in SELF_LOGGED_PATHS and status < 400)
+        level = logging.DEBUG if is_quiet else logging.INFO
         if LOGGER.isEnabledFor(level):  # quoted: no control characters of a client's in the log
             logger = RequestLogger(LOGGER, scope[REQUEST_ID_KEY])
             logger.log(level, "%s %s status=%d took_s=%.4f", method, quote(path), status, took_s)

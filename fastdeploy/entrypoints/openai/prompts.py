@@ -28,12 +28,15 @@ class Prompt:
     text: str | None
 
 
-async def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool, max_model_len: int) -> list[int]:
+async def encode(
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool, max_model_len: int, param: str = "prompt"
+) -> list[int]:
     """Token ids of a text. Raises `ContextTooLong` for a text that cannot fit whatever its tokens are."""
     if len(text) > max_model_len * MAX_CHARS_PER_TOKEN:
         raise ContextTooLong(
             f"the prompt has {len(text)} characters, far beyond this model's maximum context length "
-            f"of {max_model_len} tokens"
+            f"of {max_model_len} tokens",
+            param,
         )
     if len(text) <= INLINE_CHARS:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -62,9 +65,9 @@ async def chat_prompt(request: ChatRequest, state: ServerState, tokenizer: Token
         text = messages[0].get("content")
         if not isinstance(text, str):
             raise InvalidRequest("messages[0].content must be a string with disable_chat_template", "messages")
-        return _checked(await encode(tokenizer, text, True, max_model_len), text, "messages")
+        return _checked(await encode(tokenizer, text, True, max_model_len, "messages"), text, "messages")
     text = await render_chat(messages, state, request.chat_template_kwargs, request.chat_template)
-    return _checked(await encode(tokenizer, text, False, max_model_len), text, "messages")
+    return _checked(await encode(tokenizer, text, False, max_model_len, "messages"), text, "messages")
 
 
 async def completion_prompts(request: CompletionRequest, state: ServerState, tokenizer: Tokenizer) -> list[Prompt]:

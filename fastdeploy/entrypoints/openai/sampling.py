@@ -11,7 +11,6 @@ import msgspec
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.entrypoints.openai.schema import (
     MAX_BIASED_TOKENS,
-    MAX_CHOICES,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
@@ -144,8 +143,6 @@ def _params(request: GenerationRequest, config: EngineConfig, tokenizer: Tokeniz
         fields["logits_processors_args"] = {"logit_bias": bias}
     fields["n"] = request.n or 1
     fields.update(extra)
-    if fields["n"] > MAX_CHOICES:
-        raise InvalidRequest(f"n must be at most {MAX_CHOICES}, got {fields['n']}", "n")
     vocab_size = config.model.shape.vocab_size
     for name in ("stop_token_ids", "bad_words_token_ids"):
         check_token_ids(fields.get(name) or [], vocab_size, name)
