@@ -57,8 +57,8 @@ class RequestError(FastDeployError):
         self.param = param
 
 
-class InvalidRequest(RequestError):
-    """A request field is wrong; `param` names it."""
+class InvalidRequest(RequestError, ValueError):
+    """A request field is wrong; `param` names it. A ValueError, as `LLM` raises for what is wrong with a call."""
 
 
 class MissingField(InvalidRequest):
@@ -67,7 +67,7 @@ class MissingField(InvalidRequest):
     code = "missing_required_parameter"
 
 
-class ContextTooLong(RequestError):
+class ContextTooLong(RequestError, ValueError):
     """The prompt, or the prompt and the tokens asked for, exceed the model length."""
 
     code = "context_length_exceeded"

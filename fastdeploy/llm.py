@@ -14,12 +14,13 @@ import threading
 import weakref
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastdeploy.config.args import EngineArgs
 from fastdeploy.config.resolve import resolve
-from fastdeploy.errors import EngineUnavailable, FastDeployError, InvalidRequest, RequestError
+from fastdeploy.errors import EngineUnavailable, InvalidRequest, RequestError
 from fastdeploy.frontend.chat_template import ChatTemplate
 from fastdeploy.frontend.generation import ChoiceDelta, Generator
 from fastdeploy.frontend.launch import running_generator
@@ -45,8 +46,12 @@ class _Job:
     params: SamplingParams
 
 
+class InvalidTools(InvalidRequest, RuntimeError):
+    """`tools` of a chat is no list of objects."""
+
+
 class LLM:
-    """A model that answers.
+    """A model that answers; several threads may ask it at once.
 
     `kwargs` are the server's engine flags with underscores (`max_model_len=8192`). Raises ConfigError,
     CheckpointError or EngineStartError when the model cannot be brought up.
@@ -97,7 +102,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Stop the engine and its processes; a second call does nothing."""
+        """Stop the engine and its processes; calls that still run fail. A second call does nothing."""
         atexit.unregister(self._finalizer)
         self._finalizer()
 
@@ -111,10 +116,10 @@ class LLM:
         """Answers in the order of the prompts; with `stream` an iterator of partial results as they come.
 
         A prompt is text, token ids, or a dict with the key "prompt". Raises ValueError (InvalidRequest) or TypeError
-        for what is wrong with the call, before anything is generated.
+        for what is wrong with the call, before anything is generated, and EngineUnavailable when the engine is gone.
         """
         items = _as_list(prompts)
-        params = self._params_for(sampling_params, len(items))
+        params = _params_for(sampling_params, len(items), stream)
         jobs = [
             self._job(i, item, self._ids_of(item), p) for i, (item, p) in enumerate(zip(items, params, strict=True))
         ]
@@ -130,9 +135,11 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         stream: bool = False,
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
-        """Answers to one conversation or to a list of them; see `generate`."""
+        """Answers to one conversation or to a list of them; see `generate`. Raises RuntimeError for invalid `tools`."""
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        params = self._params_for(sampling_params, len(conversations))
+        params = _params_for(sampling_params, len(conversations), stream)
+        if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(t, Mapping) for t in tools)):
+            raise InvalidTools("tools must be a list of objects, each describing one function", "tools")
         options: dict[str, Any] = {"add_generation_prompt": True, **(chat_template_kwargs or {})}
         texts = [
             self._template.render(c, tools=tools, chat_template=chat_template, **options)  # type: ignore[arg-type]
@@ -145,17 +152,6 @@ class LLM:
     def _check_master(self) -> bool:
         """True where requests are taken: on the first machine of `ips`."""
         return True
-
-    def _params_for(
-        self, params: SamplingParams | Sequence[SamplingParams] | None, n_prompts: int
-    ) -> list[SamplingParams]:
-        if params is None:
-            params = SamplingParams()
-        if isinstance(params, SamplingParams):
-            return [params] * n_prompts
-        if len(params) != n_prompts:
-            raise ValueError(f"sampling_params: {len(params)} given for {n_prompts} prompts; give one, or one for each")
-        return list(params)
 
     def _ids_of(self, item: Any) -> list[int]:
         if isinstance(item, Mapping):
@@ -179,6 +175,8 @@ class LLM:
 
     def _answer(self, jobs: list[_Job], use_tqdm: bool, stream: bool) -> list[RequestOutput] | Iterator[RequestOutput]:
         updates: queue.SimpleQueue[RequestOutput | BaseException | None] = queue.SimpleQueue()
+        if not self._finalizer.alive:
+            raise EngineUnavailable("this LLM was closed")
         running = asyncio.run_coroutine_threadsafe(_answer_all(self._generator, jobs, updates, stream), self._loop)
         if stream:
             return _stream(updates, running)
@@ -193,11 +191,25 @@ class LLM:
 
 def _shut_down(loop: asyncio.AbstractEventLoop, thread: threading.Thread, stack: AsyncExitStack) -> None:
     """Stop the engine, then the loop and its thread."""
+    if thread is threading.current_thread():  # it happened to collect the garbage, and cannot wait for itself
+        threading.Thread(target=_shut_down, args=(loop, thread, stack)).start()
+        return
     if thread.is_alive():
-        asyncio.run_coroutine_threadsafe(stack.aclose(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
+        try:
+            asyncio.run_coroutine_threadsafe(_end_all(stack), loop).result()
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
     loop.close()
+
+
+async def _end_all(stack: AsyncExitStack) -> None:
+    """Stop the engine, also one that is still starting, and let every call notice."""
+    await stack.aclose()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 async def _answer_all(generator: Generator, jobs: list[_Job], updates: queue.SimpleQueue[Any], stream: bool) -> None:
@@ -224,9 +236,10 @@ async def _answer_all(generator: Generator, jobs: list[_Job], updates: queue.Sim
         async with asyncio.TaskGroup() as tasks:
             for job in jobs:
                 tasks.create_task(one(job))
-    except* FastDeployError as group:
+    except* Exception as group:  # whatever it was, the caller is waiting for it
         updates.put(group.exceptions[0])
-    updates.put(None)
+    finally:
+        updates.put(None)
 
 
 def _empty_output(job: _Job) -> RequestOutput:
@@ -255,12 +268,11 @@ def _merge(output: RequestOutput, delta: ChoiceDelta) -> None:
 
 def _snapshot(output: RequestOutput) -> RequestOutput:
     """A copy that later merges leave alone."""
-    from copy import copy
-
     frozen = copy(output)
     frozen.all_outputs = [copy(choice) for choice in output.all_outputs]
     for choice in frozen.all_outputs:
         choice.token_ids = list(choice.token_ids)
+        choice.logprobs = choice.logprobs and list(choice.logprobs)
     return frozen
 
 
@@ -292,6 +304,22 @@ def _collect(updates: queue.SimpleQueue[Any], running: Any, n_jobs: int, use_tqd
         running.cancel()
         raise
     return [done[i] for i in range(n_jobs)]
+
+
+def _params_for(params: Any, n_prompts: int, stream: bool) -> list[SamplingParams]:
+    """One SamplingParams for each prompt. Raises ValueError and TypeError."""
+    if params is None:
+        params = SamplingParams()
+    found = [params] * n_prompts if isinstance(params, SamplingParams) else params
+    if not isinstance(found, list | tuple) or not all(isinstance(one, SamplingParams) for one in found):
+        raise TypeError(f"sampling_params: expected SamplingParams or a list of them, got {type(params).__name__}")
+    if len(found) != n_prompts:
+        raise ValueError(f"sampling_params: {len(found)} given for {n_prompts} prompts; give one, or one for each")
+    if stream and any(one.prompt_logprobs is not None for one in found):
+        raise InvalidRequest(
+            "prompt_logprobs cannot be streamed; leave out stream or prompt_logprobs", "prompt_logprobs"
+        )
+    return list(found)
 
 
 def _as_list(prompts: Any) -> list[Any]:

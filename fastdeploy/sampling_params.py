@@ -21,7 +21,7 @@ class ParamTypeError(InvalidRequest, TypeError):
     """A sampling parameter has the wrong type."""
 
 
-class ParamValueError(InvalidRequest, ValueError):
+class ParamValueError(InvalidRequest):
     """A sampling parameter is out of its range."""
 
 

@@ -1,7 +1,7 @@
 """An engine inside the test process: scheduler and runner in a loop, without processes, sockets or a tokenizer.
 
-Steps are launched ahead as the engine core does it: with `steps_in_flight=n`, up to n plans are on the runner before the
-result of the oldest is read and committed.
+Steps are launched ahead as the engine core does it: with `steps_in_flight=n`, up to n plans are on the runner before
+the result of the oldest is read and committed.
 """
 
 from __future__ import annotations

@@ -153,6 +153,8 @@ def read_model_shape(folder: Path) -> ModelShape:
         raise keys.error("num_key_value_heads", f"must divide num_attention_heads = {n_heads}")
     is_ernie = family in ("ernie4_5", "ernie4_5_moe")
     attention_bias = keys.flag("use_bias" if is_ernie else "attention_bias", default=False)
+    if family == "ernie4_5_moe" and attention_bias:
+        raise keys.error("use_bias", f"not supported for {architecture}; it must be false")
     return ModelShape(
         architecture=architecture,
         family=family,

@@ -38,6 +38,7 @@ from fastdeploy.wire.messages import (
 
 _STATUS_EVERY_S = 1.0
 _START_PATIENCE_S = 600.0
+_HELLO_PATIENCE_MS = 2000
 
 log = logging.getLogger("fastdeploy.core")
 
@@ -121,7 +122,10 @@ class EngineCore:
         return self.scheduler.status(self.executor.stalled_s(self._busy_since_s) if self._busy_since_s else 0.0)
 
     def fail(self, error: FastDeployError) -> None:
-        """Tell every front end why this engine ends."""
+        """Tell every front end why this engine ends, also one whose Hello has not been read yet."""
+        if not self.front_ends:
+            self.channel.socket.poll(_HELLO_PATIENCE_MS)
+            self._meet_front_ends()
         self._broadcast(EngineFailed(type(error).__name__, str(error)))
 
     def stop(self) -> None:
@@ -130,10 +134,14 @@ class EngineCore:
         self.channel.close()
 
     def _on_progress(self, progress: LoadProgress) -> None:
+        self._meet_front_ends()
+        self._broadcast(progress)
+
+    def _meet_front_ends(self) -> None:
+        """Before requests are served, Hello is all that front ends say."""
         for client, command in self.channel.receive_all():
             if isinstance(command, Hello):
                 self.front_ends.add(client)
-        self._broadcast(progress)
 
     def _send(self, deltas: dict[bytes, list[TokenDelta]]) -> None:
         for client, of_client in deltas.items():

@@ -110,6 +110,30 @@ def _demo_model(argv: Sequence[str]) -> None:
     print(build_demo_model(form=flags.form, show_progress=not flags.quiet))
 
 
+def _demo(argv: Sequence[str]) -> None:
+    """Server, requests, report; the work is in `demo.session`."""
+    from fastdeploy.config.flags import FlagParser
+
+    parser = FlagParser(
+        prog="fastdeploy demo",
+        description="Start a server with a small model, ask it a few things, show answers and timings, stop it.",
+    )
+    parser.add_argument("--max-tokens", type=int, default=48, help="most tokens of an answer (default: 48)")
+    flags = parser.parse_flags(argv)
+    from fastdeploy.demo.session import run_demo
+
+    run_demo(flags.max_tokens)
+
+
+def _serve_demo(argv: Sequence[str]) -> int | None:
+    """All flags are the api_server's, with a model and a port to begin with."""
+    if any(flag in ("-h", "--help") for flag in argv):
+        return _serve(argv)
+    from fastdeploy.demo.session import serve_demo
+
+    return serve_demo(argv)
+
+
 def _check(argv: Sequence[str]) -> None:
     """What is installed and found; with --model, what an engine with these flags would be."""
     from fastdeploy.config.args import EngineArgs
@@ -181,6 +205,8 @@ def engine_report(args: EngineArgs) -> str:
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "serve": Command("start a server: fastdeploy serve MODEL [flags]", _serve),
+        "demo": Command("start a server with a small model, ask it a few things, stop it", _demo),
+        "serve-demo": Command("start a server with that model on port 8180, until Ctrl-C", _serve_demo),
         "demo-model": Command("build a small model to try things with, print its folder", _demo_model),
         "check": Command("show what is installed and found; with --model, the configuration it gives", _check),
     }

@@ -101,6 +101,8 @@ class Executor:
         for connection in self.connections:
             connection.close()
         for child in self.children:
+            child.cut()
+        for child in self.children:
             child.stop()
 
     def _receive(self, rank: int) -> RankEvent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import queue
 import threading
 import time
 from collections import deque
@@ -36,11 +37,17 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class CoreLink:
-    """The rank's end of the socket pair to its engine core; several threads may send."""
+    """The rank's end of the socket pair to its engine core; several threads may send.
+
+    A thread takes in what comes, also while a step runs: a plan with a long prompt is more than a socket buffers, and
+    a core that waits for room serves nobody.
+    """
 
     def __init__(self, fd: int) -> None:
         self._connection = Connection(fd)
         self._lock = threading.Lock()
+        self._commands: queue.SimpleQueue[RankCommand] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="plans", daemon=True).start()
 
     def send(self, event: RankEvent) -> None:
         """Send one event; ends the process when the core is gone."""
@@ -51,16 +58,21 @@ class CoreLink:
             os._exit(0)
 
     def receive(self) -> RankCommand:
-        """The next command; ends the process when the core is gone."""
-        try:
-            command: RankCommand = _decode(self._connection.recv_bytes())
-        except (EOFError, OSError):
-            os._exit(0)
-        return command
+        """The next command."""
+        return self._commands.get()
 
     def has_more(self) -> bool:
         """Whether a command is waiting."""
-        return self._connection.poll(0)
+        return not self._commands.empty()
+
+    def _read(self) -> None:
+        """Ends the process when the core is gone."""
+        while True:
+            try:
+                data = self._connection.recv_bytes()
+            except (EOFError, OSError):
+                os._exit(0)
+            self._commands.put(_decode(data))
 
 
 def main() -> None:

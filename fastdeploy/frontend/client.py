@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -31,9 +33,14 @@ from fastdeploy.wire.messages import (
 _SILENCE_LIMIT_S = 5.0  # a core reports every second
 _STOP_PATIENCE_S = 5.0
 
+log = logging.getLogger("fastdeploy.client")
+
 
 class EngineProcess:
-    """An engine core that this process started, and how to reach it. Blocking; used from any thread."""
+    """An engine core that this process started, and how to reach it. To be made by the thread of its event loop.
+
+    Nothing here uses a thread: there are none to be had while the interpreter exits, which is when `LLM` stops.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self.endpoint = new_endpoint()
@@ -42,9 +49,25 @@ class EngineProcess:
         boot = CoreBoot(config, self.endpoint, secret_key, self.public_key)
         self.child = Child(f"engine {name}", "fastdeploy.engine.core", boot, Path(config.log_dir) / f"{name}.out")
 
-    def stop(self) -> None:
-        """End the core and with it its ranks."""
-        self.child.stop(_STOP_PATIENCE_S)
+    async def ended(self) -> None:
+        """Waits until the core's process is gone."""
+        if self.child.process.poll() is not None:
+            return
+        loop = asyncio.get_running_loop()
+        gone = asyncio.Event()
+        fd = os.pidfd_open(self.child.process.pid)
+        loop.add_reader(fd, gone.set)
+        try:
+            await gone.wait()
+        finally:
+            loop.remove_reader(fd)
+            os.close(fd)
+
+    async def stop(self) -> None:
+        """Wait for the core, which stops its ranks first, then end what is left."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.ended(), _STOP_PATIENCE_S)
+        self.child.stop(0.0)
 
 
 class Inbox:
@@ -92,6 +115,7 @@ class EngineClient:
         self._death: asyncio.Future[EngineError] = asyncio.get_running_loop().create_future()
         self._status: Status | None = None
         self._heard_s = 0.0
+        self._serving = False
 
     async def connect(self, on_progress: Callable[[LoadProgress], None]) -> Ready:
         """Wait until the engine takes requests. Raises the error that it failed to start with."""
@@ -100,11 +124,14 @@ class EngineClient:
             asyncio.create_task(self._receive(ready, on_progress), name="engine events"),
             asyncio.create_task(self._watch(), name="engine process"),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._check_end)
         await self._channel.send(Hello())
         waits: list[asyncio.Future[Any]] = [ready, self._death]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if not ready.done():
             raise self._death.result()
+        self._serving = True
         return ready.result()
 
     def submit(self, requests: Iterable[Submit], inbox: Inbox) -> None:
@@ -147,14 +174,17 @@ class EngineClient:
         return await asyncio.shield(self._death)
 
     async def close(self) -> None:
-        """Stop the engine."""
+        """Stop the engine; requests that still run fail."""
+        can_be_asked = self._serving and not self._death.done()
+        self._die(EngineDeadError("the engine was stopped"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if not self._death.done():
-            self._death.set_result(EngineDeadError("the engine was stopped"))
+        if can_be_asked:
             await self._channel.send(Shutdown())
-        await asyncio.to_thread(self._engine.stop)
+        else:
+            self._engine.child.cut()
+        await self._engine.stop()
         self._channel.close()
 
     def _check_alive(self) -> None:
@@ -195,19 +225,16 @@ class EngineClient:
             inbox.put(delta)
 
     async def _watch(self) -> None:
-        """Wait for the core's process to end, without a thread."""
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-        fd = os.pidfd_open(self._engine.child.process.pid)
-        loop.add_reader(fd, ended.set)
-        try:
-            await ended.wait()
-        finally:
-            loop.remove_reader(fd)
-            os.close(fd)
+        await self._engine.ended()
         await asyncio.sleep(0.1)  # what it said at last may still be on its way
         self._engine.child.process.poll()
         self._die(EngineDeadError(self._engine.child.describe_death()))
+
+    def _check_end(self, task: asyncio.Task[None]) -> None:
+        """A task that failed is a bug here; it must not leave requests waiting for ever."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s failed", task.get_name(), exc_info=error)
+            self._die(EngineDeadError(f"front end: {task.get_name()}: {type(error).__name__}: {error}"))
 
     def _die(self, error: FastDeployError) -> None:
         if self._death.done():

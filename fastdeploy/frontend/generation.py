@@ -16,6 +16,7 @@ from fastdeploy.config.schema import EngineConfig
 from fastdeploy.errors import ContextTooLong, EngineError, EngineUnavailable, InvalidRequest, RequestError
 from fastdeploy.frontend.client import EngineClient, Inbox
 from fastdeploy.frontend.detokenizer import IncrementalDetokenizer
+from fastdeploy.frontend.params import checked_params
 from fastdeploy.frontend.tokenizer import Tokenizer
 from fastdeploy.observability.metrics import Metrics
 from fastdeploy.sampling_params import MAX_SEED, SamplingParams
@@ -62,21 +63,8 @@ class Generator:
         if n_prompt >= limit or n_prompt + params.min_tokens > limit:
             wanted = f" and min_tokens is {params.min_tokens}" if n_prompt < limit else ""
             raise ContextTooLong(f"the prompt has {n_prompt} tokens{wanted}; --max-model-len is {limit}", "prompt")
-        self._check_supported(params)
+        params = checked_params(params, self.config, self.tokenizer)
         return params.resolved(model.sampling_defaults, limit - n_prompt)
-
-    def _check_supported(self, params: SamplingParams) -> None:
-        if params.guided_decoding is not None:
-            raise InvalidRequest("guided_decoding is not supported yet", "guided_decoding")
-        if params.reasoning_max_tokens is not None:
-            raise InvalidRequest("reasoning_max_tokens is not supported yet", "reasoning_max_tokens")
-        allowed = self.config.logprobs.max_logprobs
-        if allowed < 0:
-            return
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(params, name)
-            if value is not None and not 0 <= value <= allowed:
-                raise InvalidRequest(f"{name} must be at most {allowed} (--max-logprobs), got {value}", name)
 
     async def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams

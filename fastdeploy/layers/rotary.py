@@ -30,10 +30,13 @@ def rotations(rope: RopeShape, head_dim: int, n_positions: int, device: torch.de
     return torch.polar(torch.full_like(angle_pd, factor), angle_pd).to(device)
 
 
-def rotate(x_thd: Tensor, rotation_td: Tensor) -> Tensor:
-    """Rotate each pair of each head of x [t, h, D] (any float dtype, computed in float32) by rotation [t, D/2]."""
+def rotate_(x_thd: Tensor, rotation_td: Tensor) -> None:
+    """Rotate in place each pair of each head of x [t, h, D] by rotation [t, D/2], computed in float32."""
+    if x_thd.dtype == torch.float32:
+        torch.view_as_complex(x_thd.unflatten(-1, (-1, 2))).mul_(rotation_td[:, None])
+        return
     pairs_thd = torch.view_as_complex(x_thd.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs_thd * rotation_td[:, None]).flatten(-2).to(x_thd.dtype)
+    x_thd.copy_(torch.view_as_real(pairs_thd * rotation_td[:, None]).flatten(-2))
 
 
 def _inverse_frequencies(rope: RopeShape, head_dim: int) -> tuple[Tensor, float]:

@@ -7,7 +7,6 @@ the bias; one shared FFN of all shared experts' width, added unweighted (absent 
 from __future__ import annotations
 
 from fastdeploy.config.schema import ModelShape
-from fastdeploy.errors import ConfigError
 from fastdeploy.layers.attention.base import AttentionBackend
 from fastdeploy.layers.attention.layer import GroupedQueryAttention
 from fastdeploy.layers.mlp import GatedMLP
@@ -17,9 +16,7 @@ from fastdeploy.models.decoder import Decoder, ResidualBlock
 
 
 def build(shape: ModelShape, backend: AttentionBackend, place: Placement) -> Decoder:
-    """The model, without weights yet. Raises ConfigError for biases, which no release has and nothing here adds."""
-    if shape.mlp_bias:
-        raise ConfigError("config.json: use_bias = True: not supported for Ernie4_5_MoeForCausalLM; it must be false")
+    """The model, without weights yet."""
     moe = shape.moe
     assert moe is not None
 

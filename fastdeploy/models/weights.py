@@ -27,6 +27,19 @@ class WeightSource(Protocol):
         ...
 
 
+class Noted:
+    """A source that remembers what was asked of it, so that what nobody asked for can be named."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self.names: set[str] = set()
+
+    def require(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        """The same tensor from the source behind."""
+        self.names.add(name)
+        return self._source.require(name, shape)
+
+
 @dataclass(frozen=True, slots=True)
 class _RandomTensor:
     shape: tuple[int, ...]

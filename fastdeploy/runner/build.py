@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,14 @@ from fastdeploy.config.schema import EngineConfig
 from fastdeploy.layers.attention.base import AttentionShape, make_attention
 from fastdeploy.layers.placement import Placement
 from fastdeploy.models.checkpoint import Checkpoint
+from fastdeploy.models.decoder import Decoder
 from fastdeploy.models.registry import build_model
-from fastdeploy.models.weights import RandomWeights, WeightSource
+from fastdeploy.models.weights import Noted, RandomWeights
 from fastdeploy.runner.kv_memory import choose_n_pages, free_bytes, total_bytes
 from fastdeploy.runner.model_runner import ModelRunner
+
+log = logging.getLogger("fastdeploy.weights")
+_N_SHOWN = 5  # names of unused tensors in one warning
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, unit
 
@@ -38,7 +43,7 @@ def build_runner(config: EngineConfig, report: Report = lambda *_: None) -> tupl
     started = time.monotonic()
     backend = make_attention("torch", heads, place.dtype, place.device)
     model = build_model(shape, backend, place)
-    model.load(_weights(config), lambda n_done: report("weights", n_done, shape.n_layers, "layers"))
+    _load(model, config, lambda n_done: report("weights", n_done, shape.n_layers, "layers"))
     loaded = time.monotonic()
     n_free, n_total = free_bytes(place.device), total_bytes(place.device)
     n_pages = choose_n_pages(config, backend.page_bytes(), n_free, n_total)
@@ -46,7 +51,20 @@ def build_runner(config: EngineConfig, report: Report = lambda *_: None) -> tupl
     return runner, {"weights": round(loaded - started, 2), "pages": round(time.monotonic() - loaded, 2)}
 
 
-def _weights(config: EngineConfig) -> WeightSource:
+def _load(model: Decoder, config: EngineConfig, on_layer: Callable[[int], None]) -> None:
     if config.model.random_weights:
-        return RandomWeights(config.model.shape.n_layers, config.model.seed)
-    return Checkpoint.open(Path(config.model.path))
+        model.load(RandomWeights(config.model.shape.n_layers, config.model.seed), on_layer)
+        return
+    checkpoint = Checkpoint.open(Path(config.model.path))
+    weights = Noted(checkpoint)
+    model.load(weights, on_layer)
+    unused = checkpoint.unused(weights.names)
+    if unused:
+        shown = ", ".join(unused[:_N_SHOWN]) + (", ..." if len(unused) > _N_SHOWN else "")
+        log.warning(
+            "%s: %d tensors are not used by %s: %s",
+            checkpoint.folder,
+            len(unused),
+            config.model.shape.architecture,
+            shown,
+        )

@@ -2,7 +2,9 @@
 
 A child is `python -m MODULE` with a pipe as its standard input. The parent writes one boot message and keeps the pipe
 open: it is the child's lifeline. When the parent is gone, however it went, the pipe ends and the child ends with it.
-Children ignore SIGINT and SIGTERM: the root of the tree drains and then stops them.
+The kernel kills the child as well when the thread that started it ends, which reaches even a stopped process: start
+children from a thread that outlives them. Children ignore SIGINT and SIGTERM: the root of the tree drains and then
+stops them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import msgspec
 
 Boot = TypeVar("Boot", bound=msgspec.Struct)
 
-_LENGTH = struct.Struct("<I?")  # bytes of the boot message, and whether the parent's main thread started the child
+_LENGTH = struct.Struct("<I")  # bytes of the boot message
 _LIFELINE = 0  # standard input
 _PR_SET_PDEATHSIG = 1
 
@@ -54,10 +56,8 @@ class Child:
                 env={**os.environ, **(env or {})},
             )
         message = msgspec.msgpack.encode(boot)
-        # The kernel ties the death signal to the starting thread, so it only serves where that thread lives for good.
-        by_main_thread = threading.current_thread() is threading.main_thread()
         assert self.process.stdin is not None
-        self.process.stdin.write(_LENGTH.pack(len(message), by_main_thread) + message)
+        self.process.stdin.write(_LENGTH.pack(len(message)) + message)
         self.process.stdin.flush()
 
     def describe_death(self, n_lines: int = 10) -> str:
@@ -80,10 +80,14 @@ class Child:
             written.seek(max(self._output_start, written.seek(0, os.SEEK_END) - 65536))
             return "\n".join(written.read().decode(errors="replace").splitlines()[-n_lines:])
 
-    def stop(self, patience_s: float = 5.0) -> None:
-        """Cut the lifeline, wait, and kill what does not end."""
+    def cut(self) -> None:
+        """Cut the lifeline: the child ends by itself, at once. Does not wait."""
         assert self.process.stdin is not None
         self.process.stdin.close()
+
+    def stop(self, patience_s: float = 5.0) -> None:
+        """Cut the lifeline, wait, and kill what does not end."""
+        self.cut()
         try:
             self.process.wait(patience_s)
         except subprocess.TimeoutExpired:
@@ -95,11 +99,9 @@ def receive_boot(kind: type[Boot]) -> Boot:
     """In the child: the boot message; from here on the process ends when its parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    length, by_main_thread = _LENGTH.unpack(_read_exactly(_LIFELINE, _LENGTH.size))
+    (length,) = _LENGTH.unpack(_read_exactly(_LIFELINE, _LENGTH.size))
     boot = msgspec.msgpack.decode(_read_exactly(_LIFELINE, length), type=kind)
-    if by_main_thread:
-        # Reaches even a stopped process, which could not notice the end of its pipe.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_end_with_parent, name="lifeline", daemon=True).start()
     return boot
 

@@ -28,13 +28,13 @@ def reference_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Ten
     return [row_nV[: len(sequence)] for row_nV, sequence in zip(logits_snV, sequences, strict=True)]
 
 
-def reference_greedy(model: Any, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
-    """`n_tokens` of transformers' own greedy `generate`, which no token ends."""
-    ids = torch.tensor([prompt_ids])
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, do_sample=False, eos_token_id=None
+def reference_greedy(model: Any, prompts: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
+    """`n_tokens` of transformers' own greedy `generate` for prompts of one length, which no token ends."""
+    ids_sn = torch.tensor(prompts)
+    output_sn = model.generate(
+        ids_sn, attention_mask=torch.ones_like(ids_sn), max_new_tokens=n_tokens, do_sample=False, eos_token_id=None
     )
-    new_ids: list[int] = output[0, len(prompt_ids) :].tolist()
+    new_ids: list[list[int]] = output_sn[:, ids_sn.shape[1] :].tolist()
     return new_ids
 
 
@@ -43,18 +43,22 @@ def fed_ids(answer: Answer) -> list[int]:
     return (answer.prompt_ids + answer.token_ids)[:-1]
 
 
-def worst_difference(model: Any, answers: Sequence[Answer]) -> float:
+def worst_difference(model: Any, *runs: Sequence[Answer]) -> float:
     """The largest difference from the reference among all logits of all positions that the engine computed.
 
-    Infinite when the engine computed a NaN. A position that the prefix cache spared is NaN as a whole.
+    Every run has the same prompts and must have led to the same tokens. Infinite when the engine computed a NaN; a
+    position that the prefix cache spared is NaN as a whole.
     """
+    sequences = [fed_ids(answer) for answer in runs[0]]
     worst = 0.0
-    expected = reference_logits(model, [fed_ids(answer) for answer in answers])
-    for answer, expected_pV in zip(answers, expected, strict=True):
-        assert answer.logits_pV is not None
-        computed_pV = answer.logits_pV[: len(expected_pV)]
-        spared_p = computed_pV.isnan().all(-1)
-        assert int(spared_p.sum()) <= answer.n_cached_tokens
-        difference_pV = (computed_pV - expected_pV)[~spared_p].abs()
-        worst = max(worst, difference_pV.nan_to_num(torch.inf).max().item())
+    expected = reference_logits(model, sequences)
+    for run in runs:
+        assert [fed_ids(answer) for answer in run] == sequences
+        for answer, expected_pV in zip(run, expected, strict=True):
+            assert answer.logits_pV is not None
+            computed_pV = answer.logits_pV[: len(expected_pV)]
+            spared_p = computed_pV.isnan().all(-1)
+            assert int(spared_p.sum()) <= answer.n_cached_tokens
+            difference_pV = (computed_pV - expected_pV)[~spared_p].abs()
+            worst = max(worst, difference_pV.nan_to_num(torch.inf).max().item())
     return worst

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,12 @@ from fastdeploy.entrypoints.openai.schema import (
     GenerationRequest,
 )
 from fastdeploy.errors import InvalidRequest, ModelNotFound
+from fastdeploy.frontend.params import single_token_ids
 from fastdeploy.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from fastdeploy.frontend.tokenizer import Tokenizer
 
-LOGGER = logging.getLogger(__name__)
 MAX_ANSWERS = 1024  # prompts x choices of one HTTP request
 
 # Request fields that mean the same in SamplingParams.
@@ -116,18 +115,6 @@ def check_n_answers(n_prompts: int, n_choices: int) -> None:
             f"{n_prompts} prompts with {n_choices} choices each exceed the limit of {MAX_ANSWERS} answers a request",
             "n",
         )
-
-
-def single_token_ids(tokenizer: Tokenizer, words: Iterable[str]) -> list[int]:
-    """Token ids of the words that are one token, at the start of a text or after a space; others are skipped."""
-    found: set[int] = set()
-    for word in words:
-        spellings = (tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}"))
-        ids = {spelling[0] for spelling in spellings if len(spelling) == 1}
-        if not ids:
-            LOGGER.warning("bad_words: %.50r is more than one token and is skipped", word)
-        found |= ids
-    return sorted(found)
 
 
 def _params(request: GenerationRequest, config: EngineConfig, tokenizer: Tokenizer, **extra: Any) -> SamplingParams:

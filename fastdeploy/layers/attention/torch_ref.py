@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdeploy.layers.attention.base import AttentionShape, BatchLayout
-from fastdeploy.layers.rotary import rotate
+from fastdeploy.layers.rotary import rotate_
 from fastdeploy.runner.step import StepContext
 
 _MAX_PADDING = 1.5  # a decode group's longest sequence over its shortest, in pages
@@ -75,7 +75,7 @@ class TorchAttention:
                 int(batch.n_context_s[i]),
                 self._tensor(batch.page_table_sp[i, : n_pages_s[i]]),
             )
-            for i in np.flatnonzero(batch.n_new_s != 1)
+            for i in np.flatnonzero(batch.n_new_s > 1)
         ]
         decodes = [self._decode_group(batch, first_s, n_pages_s, group) for group in _groups(batch.n_new_s, n_pages_s)]
         return TorchAttentionPlan(self._tensor(batch.slot_t), decodes, prefills)
@@ -84,7 +84,7 @@ class TorchAttention:
         s, plan, pages = self.shape, step.attention, step.pages_l[layer]
         assert isinstance(plan, TorchAttentionPlan)
         n_qk = s.n_heads + s.n_kv_heads
-        qkv_thd[:, :n_qk] = rotate(qkv_thd[:, :n_qk], step.rotation_td)
+        rotate_(qkv_thd[:, :n_qk], step.rotation_td)
         pages.view(-1, 2 * s.n_kv_heads, s.head_dim).index_copy_(0, plan.slot_t, qkv_thd[:, s.n_heads :])
         q_thd = qkv_thd[:, : s.n_heads]
         if len(plan.decodes) == 1 and not plan.prefills:

@@ -1,0 +1,139 @@
+"""The demo's report, and the server process it starts; a small stand-in script takes the server's place."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastdeploy.demo import server_process
+from fastdeploy.demo.server_process import ServerProcess
+from fastdeploy.demo.session import Answer, report, run_demo, server_environment, snippets
+from fastdeploy.errors import ConfigError, EngineDeadError, EngineStartError
+
+pytestmark = pytest.mark.timeout(60)
+
+READY = "12:00:00 ready at http://127.0.0.1:4711"
+STAND_IN = f"""
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(sys.argv[2])))
+print("12:00:00 loading", flush=True)
+if sys.argv[1] == "fails":
+    sys.exit("fastdeploy: error: no such model")
+if sys.argv[1] != "hangs":
+    print({READY!r}, file=sys.stderr, flush=True)
+if sys.argv[1] == "dies":
+    sys.exit(3)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """An environment in which the server's module is the stand-in."""
+    (tmp_path / "stand_in_server.py").write_text(STAND_IN)
+    monkeypatch.setattr(server_process, "MODULE", "stand_in_server")
+    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+
+def test_ready_server_is_stopped_in_order(environ: dict[str, str]) -> None:
+    lines: list[str] = []
+    with ServerProcess(["serves", "0"], environ, lines.append) as server:
+        assert server.wait_ready(30) == "http://127.0.0.1:4711"
+    assert lines == ["12:00:00 loading", READY]
+
+
+def test_failed_start_shows_the_servers_own_words(environ: dict[str, str]) -> None:
+    with (
+        pytest.raises(EngineStartError, match=r"status 1 while starting(?s:.)*12:00:00 loading\n.*no such model"),
+        ServerProcess(["fails", "0"], environ, lambda _: None) as server,
+    ):
+        server.wait_ready(30)
+
+
+def test_start_that_takes_too_long_ends_the_server(environ: dict[str, str]) -> None:
+    with (
+        pytest.raises(EngineStartError, match="not ready after 1 s"),
+        ServerProcess(["hangs", "0"], environ, lambda _: None) as server,
+    ):
+        pid = server._process.pid
+        server.wait_ready(1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(["serves", "5"], "after SIGTERM, within 30 s with status 5"), (["dies", "0"], "by itself with status 3")],
+)
+def test_disorderly_end_is_an_error(argv: list[str], message: str, environ: dict[str, str]) -> None:
+    with (
+        pytest.raises(EngineDeadError, match=message),
+        ServerProcess(argv, environ, lambda _: None) as server,
+    ):
+        server.wait_ready(30)
+        if argv[0] == "dies":
+            server._process.wait(30)
+
+
+def test_server_ends_when_its_starter_is_killed(environ: dict[str, str]) -> None:
+    code = """
+import os, time
+from fastdeploy.demo import server_process
+server_process.MODULE = "stand_in_server"
+server = server_process.ServerProcess(["serves", "0"], os.environ, lambda line: None)
+server.wait_ready(30)
+print(server._process.pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        server_pid = int(starter.stdout.readline())
+        starter.send_signal(signal.SIGKILL)
+    deadline_s = time.monotonic() + 20
+    while is_running(server_pid) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert not is_running(server_pid)
+
+
+def is_running(pid: int) -> bool:
+    """Neither gone nor a zombie whom nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_report_has_every_answer_and_a_table() -> None:
+    answers = [Answer("first", "shown already", 5, 0.5, 2.5), Answer("你好", "one\n\ntwo\n", 11, 1.0, 3.0)]
+    lines = "\n".join(report(answers, 4.0))
+    assert "shown already" not in lines
+    assert "[2] 你好\n    one\n    two\n    (11 tokens, the first after 1.00 s, then 5.0 tokens/s)" in lines
+    assert " [1]      5       0.50 s       2.0   first\n [2]     11       1.00 s       5.0   你好" in lines
+    assert "2 requests at once: 16 tokens in 4.0 s, 4.0 tokens/s together" in lines
+
+
+def test_rate_of_a_single_token_is_zero() -> None:
+    assert Answer("p", "t", 1, 0.5, 0.5).tokens_per_s == 0
+
+
+def test_environment_keeps_keys_out_and_what_the_user_chose() -> None:
+    assert server_environment({"FD_API_KEY": "k", "HOME": "/h"}) == {"HOME": "/h", "OMP_WAIT_POLICY": "PASSIVE"}
+    assert server_environment({"OMP_WAIT_POLICY": "ACTIVE"}) == {"OMP_WAIT_POLICY": "ACTIVE"}
+
+
+def test_snippets_are_for_the_address_given() -> None:
+    text = snippets("http://127.0.0.1:81")
+    assert "curl http://127.0.0.1:81/v1/chat/completions" in text
+    assert 'base_url="http://127.0.0.1:81/v1"' in text
+
+
+def test_demo_refuses_no_tokens() -> None:
+    with pytest.raises(ConfigError, match="--max-tokens 0: must be at least 1"):
+        run_demo(0, io.StringIO())
