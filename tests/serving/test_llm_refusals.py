@@ -87,7 +87,7 @@ def test_refused_calls(llm: LLM) -> None:
 
 
 def test_refused_keywords(model: Path) -> None:
-    with pytest.raises(TypeError, match="max_model_length.*max_model_len"):
+    with pytest.raises(TypeError, match=r"max_model_length.*max_model_len"):
         LLM(str(model), max_model_length=9)
     with pytest.raises(ConfigError, match="max-num-seqs"):
         LLM(str(model), max_num_seqs=0)

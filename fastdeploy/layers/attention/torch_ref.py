@@ -7,6 +7,7 @@ longest of their group; groups are cut so that padding stays small. Longer chunk
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,10 +57,14 @@ class TorchAttention:
         self.device = device
 
     def allocate(self, n_pages: int) -> list[Tensor]:
-        """Zeroed pages (a masked NaN would still spoil a sum); the system gives memory when a page is first touched."""
+        """Zeroed pages, because a masked NaN would still spoil a sum."""
         s = self.shape
         size = (n_pages, s.page_tokens, 2 * s.n_kv_heads, s.head_dim)
-        return [torch.zeros(size, dtype=self.dtype, device=self.device) for _ in range(s.n_layers)]
+        if self.device.type != "cpu":
+            return [torch.zeros(size, dtype=self.dtype, device=self.device) for _ in range(s.n_layers)]
+        # numpy asks the system for zeroed memory, which costs nothing until a page is first touched.
+        n_bytes = math.prod(size) * self.dtype.itemsize
+        return [torch.from_numpy(np.zeros(n_bytes, np.uint8)).view(self.dtype).view(size) for _ in range(s.n_layers)]
 
     def page_bytes(self) -> int:
         s = self.shape
