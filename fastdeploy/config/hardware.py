@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
@@ -56,3 +57,16 @@ def n_usable_cpus() -> int:
 def memory_bytes() -> int:
     """Memory of the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cpu_rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables for a rank that computes on a CPU, less those that the user has set.
+
+    Waiting OpenMP threads spin for a moment and then sleep: the default spins so long that a rank which shares its cores
+    with anything else slows down tenfold; sleeping at once costs a tenth on cores of its own. Weights in huge pages
+    spare address translations: about a fifth faster where reading weights is all a step does.
+    """
+    wanted = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    if "OMP_WAIT_POLICY" not in environ:
+        wanted["GOMP_SPINCOUNT"] = "10000"
+    return {name: value for name, value in wanted.items() if name not in environ}

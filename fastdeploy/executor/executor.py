@@ -5,6 +5,7 @@ All ranks fail together: when one dies or reports an error, the executor raises 
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from fastdeploy import errors
+from fastdeploy.config.hardware import cpu_rank_environment
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.wire.child import Child
 from fastdeploy.wire.messages import (
@@ -39,12 +41,14 @@ class Executor:
         self.connections: list[Connection] = []
         self._last_progress_s = time.monotonic()
         self._n_layers_done = -1
+        env = cpu_rank_environment(os.environ) if config.model.device == "cpu" else {}
         for rank in range(config.parallel.tensor):
             ours, theirs = socket.socketpair()
             number = config.parallel.data_rank * config.parallel.tensor + rank
             boot = RankBoot(config, number, theirs.fileno())
             output = Path(config.log_dir) / f"rank{number}.out"
-            child = Child(f"rank {number}", "fastdeploy.executor.worker", boot, output, pass_fds=[theirs.fileno()])
+            fds = [theirs.fileno()]
+            child = Child(f"rank {number}", "fastdeploy.executor.worker", boot, output, pass_fds=fds, env=env)
             theirs.close()
             self.children.append(child)
             self.connections.append(Connection(ours.detach()))
