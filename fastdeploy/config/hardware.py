@@ -62,9 +62,9 @@ def memory_bytes() -> int:
 def cpu_rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Variables for a rank that computes on a CPU, less those that the user has set.
 
-    Waiting OpenMP threads spin for a moment and then sleep: the default spins so long that a rank which shares its cores
-    with anything else slows down tenfold; sleeping at once costs a tenth on cores of its own. Weights in huge pages
-    spare address translations: about a fifth faster where reading weights is all a step does.
+    Waiting OpenMP threads spin for a moment and then sleep: the default spins so long that a rank which shares its
+    cores with anything else slows down many times; sleeping at once costs speed on cores of its own. Weights in huge
+    pages spare address translations where reading weights is all that a step does.
     """
     wanted = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     if "OMP_WAIT_POLICY" not in environ:

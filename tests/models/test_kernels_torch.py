@@ -56,7 +56,8 @@ class RandomTensors:
     made: dict[str, Tensor] = field(default_factory=dict)
 
     def require(self, name: str, shape: tuple[int, ...]) -> Values:
-        self.made[name] = torch.randn(shape) / shape[-1] ** 0.5
+        if name not in self.made:
+            self.made[name] = torch.randn(shape) / shape[-1] ** 0.5
         return Values(self.made[name])
 
 
