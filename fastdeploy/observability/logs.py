@@ -145,6 +145,11 @@ class _ConsoleFormatter(logging.Formatter):
         return super().format(record)
 
 
+def _for_console(record: logging.LogRecord) -> bool:
+    """A line for every request would drown what people watch the console for."""
+    return record.name == CONSOLE or record.levelno >= logging.WARNING
+
+
 class RequestLogger(logging.LoggerAdapter[logging.Logger]):
     """A logger whose records carry `request_id`."""
 
@@ -190,6 +195,8 @@ def setup_logging(
     if console:
         printer = logging.StreamHandler(stream or sys.stderr)
         printer.setFormatter(_ConsoleFormatter(process_name))
+        if level > logging.DEBUG:
+            printer.addFilter(_for_console)
         handlers.append(printer)
     root = logging.getLogger(ROOT)
     close_logging()

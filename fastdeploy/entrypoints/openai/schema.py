@@ -12,14 +12,12 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta
 
+from fastdeploy.frontend.params import MAX_BAD_WORDS, MAX_STOP_CHARS, MAX_STOP_STRINGS
 from fastdeploy.sampling_params import MAX_SEED
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 256
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 256
-MAX_BAD_WORDS = 256
 MAX_BIASED_TOKENS = 1024
 MAX_TEMPLATE_CHARS = 65536
 

@@ -20,11 +20,13 @@ from starlette.types import ASGIApp
 
 from fastdeploy.entrypoints.openai.state import ServerState
 from fastdeploy.errors import ConfigError
+from fastdeploy.observability.logs import CONSOLE
 
 if TYPE_CHECKING:
     from fastdeploy.frontend.generation import Generator
 
 LOGGER = logging.getLogger(__name__)
+CONSOLE_LOGGER = logging.getLogger(CONSOLE)
 BACKLOG = 2048
 KEEP_ALIVE_S = 60
 LAST_BYTES_S = 5  # for answers on their way out when nothing runs any more
@@ -144,7 +146,7 @@ class HttpServer:
         state.closing = "the server is shutting down"
         if state.generator is None:
             return True
-        LOGGER.info("shutting down: %d requests are running; a second signal ends them", state.slots.n_used)
+        CONSOLE_LOGGER.info("shutting down: %d requests are running; a second signal ends them", state.slots.n_used)
         await _any_of([engine], signals.wait_for(2), self._all_answered(), timeout_s=self._drain_s)
         if state.slots.n_used and not engine.done():
             LOGGER.warning("shutting down: %d requests have not finished and are aborted", state.slots.n_used)
