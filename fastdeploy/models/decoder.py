@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from fastdeploy.config.schema import ModelShape
+from fastdeploy.layers.attention.base import AttentionBackend
 from fastdeploy.layers.attention.layer import GroupedQueryAttention
 from fastdeploy.layers.embedding import Embedding, OutputHead
 from fastdeploy.layers.linear import Linear
@@ -40,6 +41,20 @@ class ResidualBlock(nn.Module):
         self.attention.load(weights, f"{name}.self_attn")
         self.ffn_norm.load(weights, f"{name}.post_attention_layernorm")
         self.ffn.load(weights, f"{name}.mlp")
+
+
+def dense_block(shape: ModelShape, layer: int, backend: AttentionBackend, place: Placement) -> ResidualBlock:
+    """A block whose FFN every token passes whole."""
+    attention = GroupedQueryAttention(shape, layer, backend, place)
+    ffn = GatedMLP(shape.hidden_size, shape.ffn_width, place, bias=shape.mlp_bias)
+    return ResidualBlock(shape, attention, ffn, place)
+
+
+def sparse_block(shape: ModelShape, layer: int, backend: AttentionBackend, place: Placement) -> ResidualBlock:
+    """A block with a router and experts."""
+    assert shape.moe is not None, "a model without experts has no sparse blocks"
+    attention = GroupedQueryAttention(shape, layer, backend, place)
+    return ResidualBlock(shape, attention, SparseMoE(shape.hidden_size, shape.moe, place), place)
 
 
 class Decoder(nn.Module):

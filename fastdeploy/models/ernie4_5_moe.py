@@ -8,23 +8,15 @@ from __future__ import annotations
 
 from fastdeploy.config.schema import ModelShape
 from fastdeploy.layers.attention.base import AttentionBackend
-from fastdeploy.layers.attention.layer import GroupedQueryAttention
-from fastdeploy.layers.mlp import GatedMLP
-from fastdeploy.layers.moe.layer import SparseMoE
 from fastdeploy.layers.placement import Placement
-from fastdeploy.models.decoder import Decoder, ResidualBlock
+from fastdeploy.models.decoder import Decoder, dense_block, sparse_block
 
 
 def build(shape: ModelShape, backend: AttentionBackend, place: Placement) -> Decoder:
     """The model, without weights yet."""
     moe = shape.moe
     assert moe is not None
-
-    def layer(i: int) -> ResidualBlock:
-        attention = GroupedQueryAttention(shape, i, backend, place)
-        if i in moe.layers:
-            return ResidualBlock(shape, attention, SparseMoE(shape.hidden_size, moe, place), place)
-        ffn = GatedMLP(shape.hidden_size, shape.ffn_width, place)
-        return ResidualBlock(shape, attention, ffn, place)
-
-    return Decoder(shape, [layer(i) for i in range(shape.n_layers)], place)
+    blocks = [
+        (sparse_block if i in moe.layers else dense_block)(shape, i, backend, place) for i in range(shape.n_layers)
+    ]
+    return Decoder(shape, blocks, place)

@@ -196,6 +196,8 @@ def test_what_was_held_back_comes_at_the_end(byte_level):
 
 def test_leading_space_of_sentencepiece(tokenizers):
     prefix, bare = tokenizers[3], tokenizers[4]
-    for tokenizer, expected in ((prefix, ["st", " st", ""]), (bare, [" st", " st", ""])):
-        piece = tokenizer.id_of("▁st")
-        assert run(tokenizer, [[piece], [piece]])[0] == expected
+    for tokenizer, starts_bare in ((prefix, True), (bare, False)):
+        # Which pieces a training finds depends on the library's version: take any word piece with its space.
+        texts = ((i, tokenizer.token_text(i)) for i in range(tokenizer.vocab_size))
+        piece, text = next((i, t) for i, t in texts if t.startswith(" ") and t[1:].isalpha())
+        assert run(tokenizer, [[piece], [piece]])[0] == [text[1:] if starts_bare else text, text, ""]

@@ -343,7 +343,8 @@ def test_control_pieces_nobody_declared_are_ordinary_text(pieces):
 def test_piece_bytes(pieces):
     assert pieces.token_bytes(pieces.id_of("<0xE4>")) == b"\xe4"
     assert pieces.token_text(pieces.id_of("<0xE4>")) == MARK
-    assert pieces.token_text(pieces.id_of("▁st")) == " st"
+    spaced = next(i for i in range(700) if pieces.token_bytes(i).startswith(b" ") and len(pieces.token_bytes(i)) > 1)
+    assert pieces.id_of("▁" + pieces.token_text(spaced)[1:]) == spaced
     assert pieces.token_bytes(700) == b""  # a hole between the pieces and the added tokens
 
 
