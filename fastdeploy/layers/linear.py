@@ -1,7 +1,7 @@
 """A linear layer that may merge several checkpoint matrices, and loads them itself.
 
-On a CPU in float32 the weight is packed once into oneDNN's blocked form: 2 to 4 times faster than the plain
-BLAS call for 1 to 32 rows, which is what decoding does all day. The packed copy replaces the plain one.
+On a CPU in float32 the weight is packed once into oneDNN's blocked form, which is faster than the
+plain BLAS call for the few rows of a decode step. The packed copy replaces the plain one.
 """
 
 from __future__ import annotations

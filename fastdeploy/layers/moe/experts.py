@@ -13,8 +13,8 @@ from fastdeploy.layers.moe.gate import Routing
 from fastdeploy.layers.placement import Placement
 from fastdeploy.models.weights import WeightSource
 
-# Between these row counts a CPU computes small experts faster all at once (measured: 4 rows 1.5 times, 16 rows 1.6
-# times; 64 rows are slower), and a second copy of this many bytes a layer is worth it.
+# Between these row counts a CPU of two cores computed the demo model's experts faster all at once; one row reads only
+# the experts it needs, and many rows pay for the products with zero. Found by trying 1, 4, 16, 64 and 512 rows.
 _MIN_ROWS_AT_ONCE, _MAX_ROWS_AT_ONCE = 2, 40
 _MAX_BYTES_AT_ONCE = 16 << 20
 
