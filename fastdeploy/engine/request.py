@@ -146,9 +146,11 @@ class Request:
             self.n_target += 1
         return True
 
-    def last_delta(self, reason: FinishReason, error: str | None = None) -> TokenDelta:
-        """Ends it without a token."""
-        return TokenDelta(self.id, [], reason, None, self.n_cached_tokens, error=error, times=self.times)
+    def last_delta(self, reason: FinishReason, error: str | None = None, error_kind: str | None = None) -> TokenDelta:
+        """Ends it without a token; `error_kind` is the class in `fastdeploy.errors` that the client is to see."""
+        return TokenDelta(
+            self.id, [], reason, None, self.n_cached_tokens, error=error, times=self.times, error_kind=error_kind
+        )
 
     def delta(self, token_id: int, reason: FinishReason | None, logprobs: TokenLogprobs | None) -> TokenDelta:
         """What its newest token, already in `token_ids`, adds; with everything that only some tokens carry."""

@@ -19,7 +19,7 @@ from fastdeploy.engine.prefix_cache import PrefixCache
 from fastdeploy.engine.request import NEVER, Request
 from fastdeploy.engine.step import PlannedStep, StepDraft
 from fastdeploy.engine.waiting import WaitingRoom, by_arrival
-from fastdeploy.errors import ConfigError, ContextTooLong, EngineError, InvalidRequest, Overloaded
+from fastdeploy.errors import ConfigError, ContextTooLong, EngineError, InvalidRequest, Overloaded, RequestTimeout
 from fastdeploy.wire.messages import FinishReason, Status, StepResult, Submit, TokenDelta
 
 Deltas: TypeAlias = dict[bytes, list[TokenDelta]]  # per front end
@@ -148,11 +148,7 @@ class Scheduler:
         error = (
             f"the request waited longer than {ttl_s:g} s (--scheduler-ttl) and was given up: the server is overloaded"
         )
-        return self._end(self._waiting.overdue(now_s - ttl_s), "error", error)
-
-    def fail_all(self, message: str) -> Deltas:
-        """End every request with reason "error"."""
-        return self._end(list(self._requests.values()), "error", message)
+        return self._end(self._waiting.overdue(now_s - ttl_s), "error", error, RequestTimeout.__name__)
 
     # ---- plan ----------------------------------------------------------------------------------------------------
 
@@ -348,10 +344,12 @@ class Scheduler:
 
     # ---- the end of a request ------------------------------------------------------------------------------------
 
-    def _end(self, doomed: Iterable[Request], reason: FinishReason, error: str | None = None) -> Deltas:
+    def _end(
+        self, doomed: Iterable[Request], reason: FinishReason, error: str | None = None, error_kind: str | None = None
+    ) -> Deltas:
         outputs = Deltas()
         for request in doomed:
-            outputs.setdefault(request.client, []).append(request.last_delta(reason, error))
+            outputs.setdefault(request.client, []).append(request.last_delta(reason, error, error_kind))
             self._forget(request)
         self._running = [request for request in self._running if request.alive]
         return outputs

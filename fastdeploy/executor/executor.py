@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -128,6 +129,6 @@ class Executor:
         child = self.children[rank]
         try:
             child.process.wait(2)
-        except Exception:  # still going down: say so rather than wait for it
+        except subprocess.TimeoutExpired:  # still going down: say so rather than wait for it
             return errors.EngineDeadError(f"{child.name} closed its connection")
         return errors.EngineDeadError(child.describe_death())

@@ -154,10 +154,6 @@ class EngineClient:
         for request_id in request_ids:
             self._inboxes.pop(request_id, None)
 
-    def has(self, request_id: str) -> bool:
-        """Whether a request of this id is alive."""
-        return request_id in self._inboxes
-
     def health(self) -> str | None:
         """None while the engine makes progress or has nothing to do, else what is wrong."""
         if self._death.done():

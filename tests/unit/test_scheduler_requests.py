@@ -147,17 +147,6 @@ def test_dropped_client_takes_its_requests_along() -> None:
     assert [answer.reason for answer in engine.answers.values()] == [None, "length", None, "length"]
 
 
-def test_fail_all_ends_every_request_with_the_reason() -> None:
-    engine = Engine(make_config(max_seqs=2), depth=2)
-    engine.submit(*make_submits(4))
-    engine.plan()
-    engine.receive(engine.scheduler.fail_all("rank 0 is gone"))
-    assert {(a.reason, a.deltas[-1].error) for a in engine.answers.values()} == {("error", "rank 0 is gone")}
-    assert engine.scheduler.idle
-    engine.commit()
-    assert engine.scheduler.pool.n_held == 0
-
-
 @pytest.mark.parametrize(("step", "n_tokens"), [(1, 1), (0, 2)])
 def test_result_of_another_step_is_refused(step: int, n_tokens: int) -> None:
     scheduler = Scheduler(make_config())
@@ -238,6 +227,7 @@ def test_waiting_too_long_ends_what_never_ran() -> None:
     engine.receive(engine.scheduler.expire(1005.5))
     assert engine.answers["1"].reason == "error"
     assert "--scheduler-ttl" in (engine.answers["1"].deltas[-1].error or "")
+    assert engine.answers["1"].deltas[-1].error_kind == "RequestTimeout"
     engine.run()
     assert [engine.answers[i].reason for i in "02"] == ["length", "length"]
 
