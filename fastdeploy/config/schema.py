@@ -107,12 +107,37 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """Group sizes."""
+    """Group sizes, and where this replica stands in them.
+
+    Ranks are numbered over all machines, those of a replica side by side: rank = data_rank * tensor + tensor_rank. With
+    `expert` all of them form one process group, without it those of a replica do.
+    """
 
     tensor: int = 1
     data: int = 1
-    expert: bool = False
+    expert: bool = False  # the experts of sparse layers are spread over all tensor * data ranks
     data_rank: int = 0
+    hosts: tuple[str, ...] = ("127.0.0.1",)  # addresses of the machines, each with an equal run of replicas
+
+    @property
+    def n_ranks(self) -> int:
+        """Ranks over all machines."""
+        return self.tensor * self.data
+
+    @property
+    def n_local_replicas(self) -> int:
+        """Replicas on each machine."""
+        return self.data // len(self.hosts)
+
+    @property
+    def host(self) -> str:
+        """The address of this replica's machine."""
+        return self.hosts[self.data_rank // self.n_local_replicas]
+
+    @property
+    def group_size(self) -> int:
+        """Ranks of the process group that this replica's ranks belong to."""
+        return self.n_ranks if self.expert else self.tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

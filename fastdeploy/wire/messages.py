@@ -151,6 +151,18 @@ class SlotStart(msgspec.Struct, frozen=True, array_like=True, gc=False):
     params: SamplingParams
 
 
+class StepAgreement(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What all ranks of an expert-parallel group know of a step before they enter its collectives; equal on each.
+
+    `n_tokens_d[i]`: tokens that data-parallel rank i computes, 0 for one without work. With `use_graph` each lays out
+    `n_rows` rows, of which its own tokens are the first; without, `n_rows` is the largest of `n_tokens_d`.
+    """
+
+    n_tokens_d: list[int]
+    n_rows: int
+    use_graph: bool
+
+
 class StepPlan(_Message, frozen=True):
     """One step of the ranks. The arrays `slots`, `n_tokens`, `samples` and `new_pages` run in parallel.
 
@@ -164,13 +176,21 @@ class StepPlan(_Message, frozen=True):
     n_tokens: list[int]
     samples: list[bool]
     new_pages: list[list[int]]
+    agreement: StepAgreement | None = None  # with expert parallelism; the arrays may be empty then
+
+
+class JoinGroup(_Message, frozen=True):
+    """Where the ranks of the process group meet: the TCP store of its rank 0."""
+
+    host: str
+    port: int
 
 
 class Stop(_Message, frozen=True):
     """The rank ends."""
 
 
-RankCommand: TypeAlias = StepPlan | Stop
+RankCommand: TypeAlias = StepPlan | JoinGroup | Stop
 
 
 # ---- ranks -> engine core ----------------------------------------------------------------------------------------
@@ -194,6 +214,13 @@ class RankReady(_Message, frozen=True):
     stages_s: dict[str, float]
 
 
+class GroupStore(_Message, frozen=True):
+    """Rank 0 of a process group of several ranks opened the store at which the others join; sent as soon as it can."""
+
+    host: str
+    port: int
+
+
 class RankAlive(_Message, frozen=True):
     """Heartbeat: `n_layers_done` counts decoder layers since start; it stands still when the rank is stuck."""
 
@@ -207,7 +234,7 @@ class RankFailed(_Message, frozen=True):
     message: str
 
 
-RankEvent: TypeAlias = StepResult | RankReady | RankAlive | RankFailed | LoadProgress
+RankEvent: TypeAlias = StepResult | RankReady | RankAlive | RankFailed | LoadProgress | GroupStore
 
 
 # ---- parent -> child, once, at its start -------------------------------------------------------------------------
