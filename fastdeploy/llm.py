@@ -24,6 +24,7 @@ from fastdeploy.errors import EngineUnavailable, InvalidRequest, RequestError
 from fastdeploy.frontend.chat_template import ChatTemplate
 from fastdeploy.frontend.generation import ChoiceDelta, Generator
 from fastdeploy.frontend.launch import running_generator
+from fastdeploy.frontend.meeting import group_address
 from fastdeploy.observability.metrics import Metrics
 from fastdeploy.observability.startup import StartupReport
 from fastdeploy.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -75,6 +76,7 @@ class LLM:
             **kwargs,
         )
         self.config = resolve(args)
+        self._group = group_address(args)
         self.metrics = Metrics()
         self._request_numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
@@ -151,7 +153,7 @@ class LLM:
 
     def _check_master(self) -> bool:
         """True where requests are taken: on the first machine of `ips`."""
-        return True
+        return 0 in self.config.parallel.serves
 
     def _ids_of(self, item: Any) -> list[int]:
         if isinstance(item, Mapping):
@@ -183,7 +185,8 @@ class LLM:
         return _collect(updates, running, len(jobs), use_tqdm)
 
     async def _start(self, report: StartupReport) -> Generator:
-        return await self._stack.enter_async_context(running_generator(self.config, self.metrics, report.on_progress))
+        running = running_generator(self.config, self.metrics, report.on_progress, group=self._group)
+        return await self._stack.enter_async_context(running)
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -56,6 +56,12 @@ class ServerArgs:
         tuple[str, ...],
         Flag(HTTP, "Keys accepted as 'Authorization: Bearer KEY' under /v1; else those of FD_API_KEY.", metavar="KEY"),
     ] = ()
+    restart: Annotated[
+        Literal["auto", "on-failure", "never"],
+        Flag(
+            HTTP, "Bring an engine back that died; auto does so with several data parallel ranks, else the server ends."
+        ),
+    ] = "auto"
     enable_mm_output: Annotated[bool, Flag(HTTP, "Return multimodal content in answers.")] = False
 
     @classmethod
@@ -167,8 +173,12 @@ class EngineArgs:
     data_parallel_size: Annotated[
         int, Flag(PARALLEL, "Replicas of the attention layers, each with its own requests.")
     ] = 1
-    local_data_parallel_id: Annotated[int, Flag(PARALLEL, "Data parallel rank of this process.")] = 0
-    ips: Annotated[tuple[str, ...], Flag(PARALLEL, "Addresses of all hosts, the first one takes requests.")] = ()
+    local_data_parallel_id: Annotated[
+        int, Flag(PARALLEL, "Data parallel rank to serve, instead of all; multi_api_server sets it.")
+    ] = 0
+    ips: Annotated[
+        tuple[str, ...], Flag(PARALLEL, "Addresses of all machines, each with an equal share of the replicas.")
+    ] = ()
     disable_custom_all_reduce: Annotated[bool, Flag(PARALLEL, "Use the library's all-reduce only.")] = False
     enable_flashinfer_allreduce_fusion: Annotated[bool, Flag(PARALLEL, "Fuse all-reduce and norm.")] = False
     use_internode_ll_two_stage: Annotated[bool, Flag(PARALLEL, "Two-stage low-latency dispatch between hosts.")] = False

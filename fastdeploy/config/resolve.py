@@ -15,6 +15,7 @@ from fastdeploy.config import model_shape
 from fastdeploy.config.args import EngineArgs, ServerArgs
 from fastdeploy.config.flags import FlagField, flags_of
 from fastdeploy.config.hardware import cuda_devices
+from fastdeploy.config.parallel import contradictions, missing_devices, n_threads_per_rank, resolve_parallel
 from fastdeploy.config.schema import (
     CacheConfig,
     DeviceName,
@@ -78,21 +79,17 @@ def resolve(args: EngineArgs, environ: Mapping[str, str] = os.environ) -> Engine
     scheduler = _scheduler(args, model.max_model_len if model else None, device, environ, problems)
     logprobs = _logprobs(args, model, problems)
     n_threads = _n_threads(args, environ, problems)
+    parallel = _parallel(args, model.shape if model else None, device, environ, problems)
     problems.raise_if_any()
     assert model is not None  # without one there was a problem to raise
     return EngineConfig(
         model=model,
         cache=cache,
         scheduler=scheduler,
-        parallel=ParallelConfig(
-            tensor=args.tensor_parallel_size,
-            data=args.data_parallel_size,
-            expert=args.enable_expert_parallel,
-            data_rank=args.local_data_parallel_id,
-        ),
+        parallel=parallel,
         logprobs=logprobs,
         log_dir=log_dir(environ),
-        n_threads=n_threads,
+        n_threads=n_threads or (n_threads_per_rank(parallel) if device == "cpu" else None),
         stall_limit_s=_stall_limit_s(environ, problems),
     )
 
@@ -191,6 +188,20 @@ def _n_threads(args: EngineArgs, environ: Mapping[str, str], problems: Problems)
         return args.threads
     first = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2" is one number per nesting level
     return int(first) if first.isdecimal() and int(first) > 0 else None
+
+
+def _parallel(
+    args: EngineArgs, shape: ModelShape | None, device: DeviceName, environ: Mapping[str, str], problems: Problems
+) -> ParallelConfig:
+    try:
+        parallel = resolve_parallel(args, environ)
+    except ConfigError as exc:
+        problems.lines.append(str(exc))
+        return ParallelConfig()
+    if shape is not None:
+        problems.lines += contradictions(parallel, shape)
+    problems.lines += missing_devices(parallel, len(cuda_devices())) if device == "cuda" else []
+    return parallel
 
 
 def _stall_limit_s(environ: Mapping[str, str], problems: Problems) -> float:

@@ -117,6 +117,7 @@ class ParallelConfig:
     data: int = 1
     expert: bool = False  # the experts of sparse layers are spread over all tensor * data ranks
     data_rank: int = 0
+    serves: tuple[int, ...] = (0,)  # data ranks behind the front end that this belongs to
     hosts: tuple[str, ...] = ("127.0.0.1",)  # addresses of the machines, each with an equal run of replicas
 
     @property
@@ -133,6 +134,11 @@ class ParallelConfig:
     def host(self) -> str:
         """The address of this replica's machine."""
         return self.hosts[self.data_rank // self.n_local_replicas]
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether replicas have to agree on each step, because their sparse layers are one."""
+        return self.expert and self.data > 1
 
     @property
     def group_size(self) -> int:

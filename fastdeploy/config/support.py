@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-_ONE_RANK = "this version runs one rank; start one server per device and balance between them"
-_ONE_HOST = "leave it out: this version runs on one host; start one server per host and balance between them"
 _TEXT_ONLY = "this version takes and gives text only"
 _LOCAL = "use --scheduler-name local, one waiting room per server"
 _MIXED = "use --splitwise-role mixed: every server prefills and decodes"
@@ -52,12 +50,8 @@ NOT_YET: Mapping[str, str] = MappingProxyType(
         "logits_processors": "leave it out; logits_processors_args with logit_bias works in every request",
         "routing_replay_config": "leave it out",
         # parallel
-        "tensor_parallel_size": _ONE_RANK,
-        "data_parallel_size": _ONE_RANK,
-        "local_data_parallel_id": _ONE_RANK,
-        "ips": _ONE_HOST,
-        "enable_eplb": "leave it out; all experts live on one rank",
-        "eplb_config": "leave it out; all experts live on one rank",
+        "enable_eplb": "leave it out: experts stay on the ranks they start on",
+        "eplb_config": "leave it out: experts stay on the ranks they start on",
         # disaggregation and scheduling across servers
         "splitwise_role": "use mixed",
         "router": "leave it out and list the server at the balancer by hand",
@@ -93,13 +87,13 @@ NO_EFFECT: Mapping[str, str] = MappingProxyType(
         "disable_chunked_mm_input": _TEXT_ONLY,
         "graph_optimization_config": "there is no graph mode to configure",
         "plas_attention_config": "attention is always exact",
-        "disable_custom_all_reduce": "one rank reduces nothing",
-        "enable_flashinfer_allreduce_fusion": "one rank reduces nothing",
-        "use_internode_ll_two_stage": "one rank sends nothing",
-        "disable_sequence_parallel_moe": "one rank has no sequence parallelism",
+        "disable_custom_all_reduce": "there is one way to reduce",
+        "enable_flashinfer_allreduce_fusion": "there is one way to reduce",
+        "use_internode_ll_two_stage": "there is one way to exchange rows",
+        "disable_sequence_parallel_moe": "the rows of sparse layers are always split over tensor parallel ranks",
         "enable_chunked_moe": "steps are bounded by --max-num-batched-tokens",
         "chunked_moe_size": "steps are bounded by --max-num-batched-tokens",
-        "shutdown_comm_group_if_worker_idle": "one rank has no communication group",
+        "shutdown_comm_group_if_worker_idle": "groups are kept; an idle one costs nothing",
         "kv_cache_ratio": "prompt and output share one pool of pages",
         "swap_space": "pages are kept on the device only",
         "prealloc_dec_block_slot_num_threshold": "pages are given out when they are needed",

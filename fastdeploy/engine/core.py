@@ -11,9 +11,11 @@ import sys
 import time
 from collections import deque
 
+import msgspec
 import zmq
 
 from fastdeploy.config.schema import with_measured_pages
+from fastdeploy.engine.group import CoreGroup
 from fastdeploy.engine.scheduler import Scheduler
 from fastdeploy.engine.step import PlannedStep
 from fastdeploy.errors import EngineDeadError, FastDeployError, RequestError
@@ -34,6 +36,8 @@ from fastdeploy.wire.messages import (
     StepOutput,
     Submit,
     TokenDelta,
+    Withdraw,
+    Withdrawn,
 )
 
 _STATUS_EVERY_S = 1.0
@@ -51,37 +55,62 @@ class EngineCore:
         self.channel = CoreChannel(boot.endpoint, boot.secret_key, boot.public_key)
         self.front_ends: set[bytes] = set()
         self.executor = Executor(boot.config)
+        self.group = CoreGroup(boot.config, boot.group) if boot.group else None
         self.in_flight: deque[PlannedStep] = deque()
+        self.proposed: PlannedStep | None = None  # voted for; the ranks get it when all cores have voted
+        self._told_to_stop = False
         self._busy_since_s = 0.0
         self._status_due_s = 0.0
 
     def start(self) -> None:
         """Wait for the ranks; afterwards requests are served."""
-        rank = self.executor.wait_ready(self._on_progress, _START_PATIENCE_S)
+        rank = self.executor.wait_ready(self._on_progress, _START_PATIENCE_S, self._bring_ranks_together)
         self.config = with_measured_pages(self.config, rank.n_pages)
         self.scheduler = Scheduler(self.config)
         self.ready = Ready(rank.n_pages, rank.kv_bytes, rank.weight_bytes, rank.stages_s)
         self._broadcast(self.ready)
 
     def run(self) -> None:
-        """Serve until told to shut down. Raises when the ranks fail."""
+        """Serve until told to shut down. Raises when the ranks fail, or another core of the group."""
         poller = zmq.Poller()
         poller.register(self.channel.socket, zmq.POLLIN)
         for connection in self.executor.connections:
             poller.register(connection.fileno(), zmq.POLLIN)
-        while True:
+        for socket in self.group.sockets if self.group else ():
+            poller.register(socket, zmq.POLLIN)
+        while not self._stopped():
             wait_s = max(self._status_due_s - time.monotonic(), 0)
             poller.poll(int(wait_s * 1000) + 1)
-            if not self._take_commands():
-                return
+            self._take_commands()
             self._send(self.scheduler.expire(time.time()))
             for result in self.executor.receive():
                 self._send(self.scheduler.commit(self.in_flight.popleft(), result, time.time()))
             was_busy = self._busy_since_s > 0
-            self._plan_ahead()
+            if self.group is None:
+                self._plan_ahead()
+            else:
+                self._plan_together(self.group)
+            self._note_busy()
             if time.monotonic() >= self._status_due_s or was_busy != (self._busy_since_s > 0):
+                if self.config.parallel.data > 1:  # else a stopped rank may go on: only /health turns false
+                    self.executor.check_alive()
                 self._broadcast(self._status())
                 self._status_due_s = time.monotonic() + _STATUS_EVERY_S
+
+    def _bring_ranks_together(self) -> None:
+        """While the ranks load: pass on where those of one process group meet, within this replica or to all cores."""
+        store, self.executor.store = self.executor.store, None
+        if self.group is None:
+            if store is not None:
+                self.executor.join_group(store)
+            return
+        if store is not None:
+            self.group.open_store(store)
+        self.group.advance()
+        self.group.check_complete(self._on_progress)
+        if self.group.store is not None:
+            self.executor.join_group(self.group.store)
+            self.group.store = None
 
     def _plan_ahead(self) -> None:
         while len(self.in_flight) < self.config.scheduler.steps_in_flight:
@@ -90,13 +119,34 @@ class EngineCore:
                 break
             self.executor.send(step.plan)
             self.in_flight.append(step)
-        if not self.in_flight:
+
+    def _plan_together(self, group: CoreGroup) -> None:
+        """Vote for the next step when there is work, here or elsewhere; start it when all cores have voted."""
+        group.advance()
+        agreement = group.take_agreement()
+        if agreement is not None and self.proposed is not None:
+            step, self.proposed = self.proposed, None
+            self.executor.send(msgspec.structs.replace(step.plan, agreement=agreement))
+            self.in_flight.append(step)
+        if self.proposed is not None or len(self.in_flight) >= self.config.scheduler.steps_in_flight:
+            return
+        self.proposed = self.scheduler.plan(time.time(), even_if_empty=group.step_open)
+        if self.proposed is not None:
+            n_tokens = self.proposed.plan.n_tokens
+            group.vote(sum(n_tokens), graph_ok=all(n == 1 for n in n_tokens))
+
+    def _note_busy(self) -> None:
+        if not self.in_flight and self.proposed is None:
             self._busy_since_s = 0.0
         elif not self._busy_since_s:
             self._busy_since_s = time.monotonic()
 
-    def _take_commands(self) -> bool:
-        """Apply what front ends sent; False when one of them wants the engine to stop."""
+    def _stopped(self) -> bool:
+        """Whether this core may go: it was told to, and no other needs its ranks."""
+        return self._told_to_stop and (self.group is None or self.group.dismissed)
+
+    def _take_commands(self) -> None:
+        """Apply what front ends sent."""
         for client, command in self.channel.receive_all():
             match command:
                 case Submit():
@@ -107,9 +157,12 @@ class EngineCore:
                     self.front_ends.add(client)
                     self._to(client, self.ready)
                     self._to(client, self._status())
+                case Withdraw(n_requests):
+                    self._to(client, Withdrawn(self.scheduler.withdraw(client, n_requests)))
                 case Shutdown():
-                    return False
-        return True
+                    self._told_to_stop = True
+                    if self.group is not None:
+                        self.group.leave()
 
     def _submit(self, client: bytes, command: Submit) -> None:
         try:
@@ -127,6 +180,8 @@ class EngineCore:
             self.channel.socket.poll(_HELLO_PATIENCE_MS)
             self._meet_front_ends()
         self._broadcast(EngineFailed(type(error).__name__, str(error)))
+        if self.group is not None:
+            self.group.fail(str(error))
 
     def stop(self) -> None:
         """End ranks and close the channel."""

@@ -138,6 +138,14 @@ class Scheduler:
         doomed = [request for i in request_ids if (request := self._requests.get(i)) is not None]
         return self._end(dict.fromkeys(doomed), "abort")
 
+    def withdraw(self, client: bytes, n_requests: int) -> list[str]:
+        """Forget up to `n_requests` requests of a front end that never ran, newest first; returns their ids."""
+        fresh = [request for request in self._waiting if request.client == client and request.n_starts == 0]
+        newest = fresh[-n_requests:] if n_requests > 0 else []
+        for request in newest:
+            self._forget(request)
+        return [request.id for request in newest]
+
     def drop_client(self, client: bytes) -> None:
         """Forget all requests of a front end that is gone."""
         self.abort([request.id for request in self._requests.values() if request.client == client])
@@ -152,10 +160,11 @@ class Scheduler:
 
     # ---- plan ----------------------------------------------------------------------------------------------------
 
-    def plan(self, now_s: float) -> PlannedStep | None:
+    def plan(self, now_s: float, *, even_if_empty: bool = False) -> PlannedStep | None:
         """The next step; None when nothing can be computed before another commit or request.
 
-        All requests together get at most `max_batched_tokens` tokens.
+        All requests together get at most `max_batched_tokens` tokens. With `even_if_empty` there is a step in any case,
+        without grants if need be: other ranks of the group have work.
         """
         draft = StepDraft(self._limits.max_batched_tokens)
         self._grant_decodes(draft)
@@ -164,7 +173,7 @@ class Scheduler:
                 draft.take(request, self._share(draft, request.n_lacking), self._is_long(request))
         if self._free_slots and draft.budget and self._waiting:
             self._admit(draft, now_s)
-        planned = draft.finish(self._n_planned_steps)
+        planned = draft.finish(self._n_planned_steps, even_if_empty=even_if_empty)
         self._n_planned_steps += planned is not None
         return planned
 

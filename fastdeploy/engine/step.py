@@ -54,10 +54,10 @@ class StepDraft:
             self.n_partial += 1
             self.n_long += is_long
 
-    def finish(self, step: int) -> PlannedStep | None:
-        """The plan with number `step`; None when nothing was granted."""
+    def finish(self, step: int, *, even_if_empty: bool) -> PlannedStep | None:
+        """The plan with number `step`; None when nothing was granted, unless an empty one is wanted."""
         self._grant_prompts()
-        if not self.slots:
+        if not self.slots and not even_if_empty:
             return None
         plan = StepPlan(step, self.starts, self.slots, self.n_tokens, self.samples, self.new_pages)
         return PlannedStep(plan, self.requests)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import msgspec
@@ -20,6 +20,8 @@ from fastdeploy.config.hardware import cpu_rank_environment
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.wire.child import Child
 from fastdeploy.wire.messages import (
+    GroupStore,
+    JoinGroup,
     LoadProgress,
     RankAlive,
     RankBoot,
@@ -29,6 +31,9 @@ from fastdeploy.wire.messages import (
     StepPlan,
     StepResult,
 )
+
+_POLL_S = 0.05
+_SILENCE_LIMIT_S = 6.0  # every rank's heartbeat comes once a second, also during a step
 
 _decode = msgspec.msgpack.Decoder(RankEvent).decode
 _encode = msgspec.msgpack.Encoder().encode
@@ -41,7 +46,9 @@ class Executor:
         self.children: list[Child] = []
         self.connections: list[Connection] = []
         self._last_progress_s = time.monotonic()
+        self._heard_s: list[float] = []
         self._n_layers_done = -1
+        self.store: GroupStore | None = None  # opened by one of these ranks; all ranks of its group have to be told
         env = cpu_rank_environment(os.environ) if config.model.device == "cpu" else {}
         for rank in range(config.parallel.tensor):
             ours, theirs = socket.socketpair()
@@ -54,17 +61,24 @@ class Executor:
             self.children.append(child)
             self.connections.append(Connection(ours.detach()))
 
-    def wait_ready(self, on_progress: Callable[[LoadProgress], None], patience_s: float) -> RankReady:
-        """Wait for all ranks; returns the one with the fewest pages. Raises the error a rank failed with."""
+    def wait_ready(
+        self, on_progress: Callable[[LoadProgress], None], patience_s: float, meanwhile: Callable[[], None]
+    ) -> RankReady:
+        """Wait for all ranks; returns the one with the fewest pages. Raises the error a rank failed with.
+
+        `meanwhile` is called several times a second; it may call `join_group`.
+        """
         ready: dict[int, RankReady] = {}
         deadline_s = time.monotonic() + patience_s
         while len(ready) < len(self.connections):
-            for rank, connection in enumerate(self.connections):
-                if rank in ready or not connection.poll(0.1):
-                    continue
+            meanwhile()
+            for connection in wait(self.connections, _POLL_S):
+                rank = self.connections.index(connection)  # type: ignore[arg-type]
                 match self._receive(rank):
                     case RankReady() as message:
                         ready[rank] = message
+                    case GroupStore() as store:
+                        self.store = store
                     case LoadProgress() as progress:
                         deadline_s = time.monotonic() + patience_s
                         if rank == 0:
@@ -75,11 +89,29 @@ class Executor:
                 late = [child.name for rank, child in enumerate(self.children) if rank not in ready]
                 raise errors.EngineStartError(f"{', '.join(late)}: no progress for {patience_s:.0f} s while starting")
         self._last_progress_s = time.monotonic()
+        self._heard_s = [self._last_progress_s] * len(self.connections)
         return min(ready.values(), key=lambda r: r.n_pages)
+
+    def join_group(self, store: GroupStore) -> None:
+        """Tell all ranks where their process group meets."""
+        self._send(JoinGroup(store.host, store.port))
 
     def send(self, plan: StepPlan) -> None:
         """Give a plan to all ranks."""
-        data = _encode(plan)
+        self._send(plan)
+
+    def check_alive(self) -> None:
+        """Raises EngineDeadError when a rank has been silent for too long, as a stopped process is."""
+        now_s = time.monotonic()
+        for rank, heard_s in enumerate(self._heard_s):
+            if now_s - heard_s > _SILENCE_LIMIT_S:
+                child = self.children[rank]
+                raise errors.EngineDeadError(
+                    f"{child.name} (pid {child.process.pid}) has been silent for {now_s - heard_s:.0f} s"
+                )
+
+    def _send(self, command: StepPlan | JoinGroup) -> None:
+        data = _encode(command)
         for rank, connection in enumerate(self.connections):
             try:
                 connection.send_bytes(data)
@@ -115,6 +147,8 @@ class Executor:
             event: RankEvent = _decode(self.connections[rank].recv_bytes())
         except (EOFError, OSError):
             raise self._dead(rank) from None
+        if self._heard_s:
+            self._heard_s[rank] = time.monotonic()
         match event:
             case RankFailed(kind, message):
                 raise getattr(errors, kind, errors.EngineDeadError)(message)

@@ -1,4 +1,7 @@
-"""The front end's side of one engine core: starts it, sends requests, hands out what comes back, notices its death."""
+"""The front end's side of one engine core: starts it, sends requests, hands out what comes back, notices its death.
+
+Bringing a dead core back is `Replica`'s business; choosing among several is the `Coordinator`'s.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,14 @@ from typing import Any
 from fastdeploy import errors
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.errors import EngineDeadError, EngineError, EngineUnavailable, FastDeployError
+from fastdeploy.frontend.ledger import RankLoad
 from fastdeploy.wire.channel import FrontEndChannel, new_endpoint, new_keys
 from fastdeploy.wire.child import Child
 from fastdeploy.wire.messages import (
     Abort,
     CoreBoot,
     EngineFailed,
+    GroupAddress,
     Hello,
     LoadProgress,
     Ready,
@@ -28,10 +33,14 @@ from fastdeploy.wire.messages import (
     StepOutput,
     Submit,
     TokenDelta,
+    Withdraw,
+    Withdrawn,
 )
 
 _SILENCE_LIMIT_S = 5.0  # a core reports every second
 _STOP_PATIENCE_S = 5.0
+_LEAVE_PATIENCE_S = 600.0
+_CUT_PATIENCE_S = 2.0
 
 log = logging.getLogger("fastdeploy.client")
 
@@ -42,11 +51,13 @@ class EngineProcess:
     Nothing here uses a thread: there are none to be had while the interpreter exits, which is when `LLM` stops.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, group: GroupAddress | None) -> None:
         self.endpoint = new_endpoint()
         self.public_key, secret_key = new_keys()
         name = f"core{config.parallel.data_rank}"
-        boot = CoreBoot(config, self.endpoint, secret_key, self.public_key)
+        # In a group the core goes on for as long as others need its ranks.
+        self._stop_patience_s = _STOP_PATIENCE_S if group is None else _LEAVE_PATIENCE_S
+        boot = CoreBoot(config, group, self.endpoint, secret_key, self.public_key)
         self.child = Child(f"engine {name}", "fastdeploy.engine.core", boot, Path(config.log_dir) / f"{name}.out")
 
     async def ended(self) -> None:
@@ -63,10 +74,12 @@ class EngineProcess:
             loop.remove_reader(fd)
             os.close(fd)
 
-    async def stop(self) -> None:
-        """Wait for the core, which stops its ranks first, then end what is left."""
+    async def stop(self, *, asked: bool) -> None:
+        """Wait for the core, which stops its ranks first, then end what is left. `asked`: it was told to stop."""
+        if not asked:
+            self.child.cut()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.ended(), _STOP_PATIENCE_S)
+            await asyncio.wait_for(self.ended(), self._stop_patience_s if asked else _CUT_PATIENCE_S)
         self.child.stop(0.0)
 
 
@@ -104,10 +117,18 @@ class Inbox:
 class EngineClient:
     """Requests to one engine core, on one event loop."""
 
-    def __init__(self, engine: EngineProcess, stall_limit_s: float, on_status: Callable[[Status], None]) -> None:
+    def __init__(
+        self,
+        engine: EngineProcess,
+        stall_limit_s: float,
+        on_status: Callable[[Status], None],
+        on_withdrawn: Callable[[list[tuple[Submit, Inbox]]], None],
+    ) -> None:
+        self.load = RankLoad()
         self._engine = engine
         self._stall_limit_s = stall_limit_s
         self._on_status = on_status
+        self._on_withdrawn = on_withdrawn
         self._channel = FrontEndChannel(engine.endpoint, engine.public_key)
         self._inboxes: dict[str, Inbox] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -134,12 +155,12 @@ class EngineClient:
         self._serving = True
         return ready.result()
 
-    def submit(self, requests: Iterable[Submit], inbox: Inbox) -> None:
-        """Send requests whose deltas go to `inbox`. Raises EngineUnavailable when the engine is gone."""
+    def submit(self, request: Submit, inbox: Inbox) -> None:
+        """Send a request whose deltas go to `inbox`. Raises EngineUnavailable when the engine is gone."""
         self._check_alive()
-        for request in requests:
-            self._inboxes[request.request_id] = inbox
-            self._send(request)
+        self._inboxes[request.request_id] = inbox
+        self.load.add(request)
+        self._send(request)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests that still run; their inbox gets a last delta with finish reason "abort"."""
@@ -152,18 +173,31 @@ class EngineClient:
         request_ids = list(request_ids)
         self.abort(request_ids)
         for request_id in request_ids:
-            self._inboxes.pop(request_id, None)
+            if self._inboxes.pop(request_id, None) is not None:
+                self.load.drop(request_id)
+
+    def withdraw(self, n_requests: int) -> None:
+        """Ask for up to so many requests back that never ran; they come to `on_withdrawn`."""
+        if not self._death.done():
+            self._send(Withdraw(n_requests))
 
     def health(self) -> str | None:
         """None while the engine makes progress or has nothing to do, else what is wrong."""
         if self._death.done():
             return str(self._death.result())
-        silence_s = time.monotonic() - self._heard_s
-        if silence_s > _SILENCE_LIMIT_S:
-            return f"the engine core has been silent for {silence_s:.0f} s"
+        if self.silence_s() > _SILENCE_LIMIT_S:
+            return f"the engine core has been silent for {self.silence_s():.0f} s"
         if self._status is not None and self._status.stalled_s > self._stall_limit_s:
             return f"the ranks have made no progress for {self._status.stalled_s:.0f} s"
         return None
+
+    def silence_s(self) -> float:
+        """Seconds since the core said anything; it reports every second."""
+        return time.monotonic() - self._heard_s
+
+    def give_up(self, reason: str) -> None:
+        """Count the engine as dead although its process is there."""
+        self._die(EngineDeadError(f"{self._engine.child.name} (pid {self._engine.child.process.pid}) {reason}"))
 
     async def died(self) -> EngineError:
         """Waits for the engine's death and says what it was."""
@@ -178,16 +212,14 @@ class EngineClient:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if can_be_asked:
             await self._channel.send(Shutdown())
-        else:
-            self._engine.child.cut()
-        await self._engine.stop()
+        await self._engine.stop(asked=can_be_asked)
         self._channel.close()
 
     def _check_alive(self) -> None:
         if self._death.done():
             raise EngineUnavailable(f"the engine stopped: {self._death.result()}")
 
-    def _send(self, command: Submit | Abort) -> None:
+    def _send(self, command: Submit | Abort | Withdraw) -> None:
         task = asyncio.create_task(self._channel.send(command))
         self._sends.add(task)
         task.add_done_callback(self._sends.discard)
@@ -202,6 +234,8 @@ class EngineClient:
                 case Status():
                     self._status = event
                     self._on_status(event)
+                case Withdrawn(request_ids):
+                    self._take_back(request_ids)
                 case LoadProgress():
                     on_progress(event)
                 case Ready():
@@ -218,7 +252,16 @@ class EngineClient:
                 continue  # its reader has gone
             if delta.finish_reason is not None:
                 del self._inboxes[delta.request_id]
+            self.load.take(delta)
             inbox.put(delta)
+
+    def _take_back(self, request_ids: list[str]) -> None:
+        requests = []
+        for request_id in request_ids:
+            inbox, submit = self._inboxes.pop(request_id, None), self.load.drop(request_id)
+            if inbox is not None and submit is not None:  # else its reader has gone meanwhile
+                requests.append((submit, inbox))
+        self._on_withdrawn(requests)
 
     async def _watch(self) -> None:
         await self._engine.ended()

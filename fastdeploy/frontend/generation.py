@@ -14,7 +14,8 @@ import msgspec
 from fastdeploy import errors
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.errors import ContextTooLong, EngineError, EngineUnavailable, InvalidRequest, RequestError
-from fastdeploy.frontend.client import EngineClient, Inbox
+from fastdeploy.frontend.client import Inbox
+from fastdeploy.frontend.coordinator import Coordinator
 from fastdeploy.frontend.detokenizer import IncrementalDetokenizer
 from fastdeploy.frontend.params import checked_params
 from fastdeploy.frontend.tokenizer import Tokenizer
@@ -43,13 +44,13 @@ class Generator:
     """All requests of one front end."""
 
     def __init__(
-        self, config: EngineConfig, tokenizer: Tokenizer, metrics: Metrics, client: EngineClient, ready: Ready
+        self, config: EngineConfig, tokenizer: Tokenizer, metrics: Metrics, engine: Coordinator, ready: Ready
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.metrics = metrics
         self.ready = ready
-        self._client = client
+        self._engine = engine
         self._alive: dict[str, list[str]] = {}  # request id -> engine ids of its answers
 
     def check(self, prompt_ids: list[int], params: SamplingParams) -> SamplingParams:
@@ -81,7 +82,7 @@ class Generator:
         inbox = Inbox()
         self.metrics.request_received()
         try:
-            self._client.submit(_submits(answers, prompt_ids, params), inbox)
+            self._engine.submit(_submits(answers, prompt_ids, params), inbox)
             for _ in answers:
                 self.metrics.request_started()
             running = len(answers)
@@ -91,18 +92,18 @@ class Generator:
                 running = sum(not answer.ended for answer in answers.values())
                 stopped = [engine_id for engine_id, answer in answers.items() if answer.stopped_here]
                 if stopped:
-                    self._client.forget(stopped)
+                    self._engine.forget(stopped)
                 yield [delta for delta in deltas if delta is not None]
         finally:
             del self._alive[request_id]
-            self._client.forget(answers)
+            self._engine.forget(answers)
             self._record(answers.values(), len(prompt_ids), params)
 
     def abort(self, request_ids: Iterable[str]) -> list[str]:
         """End requests; returns the ids of those that were alive."""
         found = [request_id for request_id in request_ids if request_id in self._alive]
         for request_id in found:
-            self._client.abort(self._alive[request_id])
+            self._engine.abort(self._alive[request_id])
         return found
 
     def alive_requests(self) -> list[str]:
@@ -111,11 +112,11 @@ class Generator:
 
     def health(self) -> str | None:
         """None while the engine is well, else what is wrong."""
-        return self._client.health()
+        return self._engine.health()
 
     async def died(self) -> EngineError:
         """Waits for the engine's death and says what it was."""
-        return await self._client.died()
+        return await self._engine.died()
 
     def _observe(self, answers: Iterable[_Answer]) -> None:
         for answer in answers:

@@ -8,12 +8,15 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from fastdeploy.config.schema import EngineConfig
-from fastdeploy.errors import EngineStartError
-from fastdeploy.frontend.client import EngineClient, EngineProcess
+from fastdeploy.errors import ConfigError
+from fastdeploy.frontend.coordinator import Coordinator
 from fastdeploy.frontend.generation import Generator
+from fastdeploy.frontend.meeting import group_patience_s
 from fastdeploy.frontend.tokenizer import Tokenizer, load_tokenizer
 from fastdeploy.observability.metrics import Metrics
-from fastdeploy.wire.messages import LoadProgress, Status
+from fastdeploy.observability.totals import StatusTotals
+from fastdeploy.wire.channel import new_endpoint, new_keys
+from fastdeploy.wire.messages import GroupAddress, LoadProgress, Status
 
 
 @asynccontextmanager
@@ -22,26 +25,40 @@ async def running_generator(
     metrics: Metrics,
     on_progress: Callable[[LoadProgress], None],
     on_status: Callable[[Status], None] = lambda _: None,
+    *,
+    group: GroupAddress | None = None,
+    restart: bool = False,
 ) -> AsyncGenerator[Generator, None]:
-    """A generator whose engine is up, until the end of the block. Raises the FastDeployError it failed with."""
+    """A generator whose engine is up, until the end of the block. Raises the FastDeployError it failed with.
+
+    `group` is where the engine cores of other servers are met; without it, those of this one meet by themselves. With
+    `restart` an engine that dies later is replaced.
+    """
     tokenizer = await asyncio.to_thread(load_tokenizer, config.model.tokenizer_path or config.model.path)
     config = with_tokenizer_stops(config, tokenizer)
+    if group is None and config.parallel.shares_experts:
+        if len(config.parallel.serves) < config.parallel.data:
+            raise ConfigError(
+                f"data-parallel rank {config.parallel.data_rank} alone cannot meet the other "
+                f"{config.parallel.data - 1}: start all with multi_api_server, or unset FD_ENABLE_MULTI_API_SERVER and "
+                "leave --local-data-parallel-id out to serve all ranks here"
+            )
+        group = GroupAddress(new_endpoint(), *new_keys(), group_patience_s())
+    totals = StatusTotals()
 
-    def take_status(status: Status) -> None:
-        metrics.update(status)
-        on_status(status)
+    def take_status(statuses: dict[int, Status]) -> None:
+        whole = totals.add_up(statuses)
+        metrics.update(whole)
+        metrics.update_ranks(statuses, coordinator.balance_ratio())
+        on_status(whole)
 
+    coordinator = Coordinator(config, group, take_status, restart=restart)
     try:
-        engine = EngineProcess(config)
-    except OSError as error:
-        raise EngineStartError(f"could not start the engine core: {error}") from error
-    client = EngineClient(engine, config.stall_limit_s, take_status)
-    try:
-        ready = await client.connect(on_progress)
+        ready = await coordinator.start(on_progress)
         metrics.configure(config, ready.n_pages)
-        yield Generator(config, tokenizer, metrics, client, ready)
+        yield Generator(config, tokenizer, metrics, coordinator, ready)
     finally:
-        await client.close()
+        await coordinator.close()
 
 
 def with_tokenizer_stops(config: EngineConfig, tokenizer: Tokenizer) -> EngineConfig:

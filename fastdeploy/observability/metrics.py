@@ -16,6 +16,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from fastdeploy.config.schema import EngineConfig
+from fastdeploy.observability.totals import EngineTotal
 from fastdeploy.wire.messages import FinishReason, RequestTimes, Status
 
 PREFIX = "fastdeploy:"
@@ -76,6 +77,16 @@ _GAUGES: Mapping[str, str] = {
     "max_gpu_block_num": "All pages.",
     "available_gpu_resource": "Share of pages that can be given out.",
     "gpu_cache_usage_perc": "Share of pages that requests hold, 0 to 1.",
+    "dp_balance_ratio": "Mean over largest load of the data-parallel ranks, in tokens; 1 is even.",
+}
+_RANK_GAUGES: Mapping[str, tuple[str, str]] = {
+    "dp_rank_running_requests": ("n_running", "Requests of a data-parallel rank that take part in steps."),
+    "dp_rank_waiting_requests": ("n_waiting", "Requests that wait for a step of a data-parallel rank."),
+    "dp_rank_running_tokens": ("n_running_tokens", "Known tokens of a data-parallel rank's running requests."),
+    "dp_rank_waiting_tokens": ("n_waiting_tokens", "Prompt tokens that wait for a data-parallel rank."),
+    "dp_rank_free_blocks": ("n_pages_free", "Pages of a data-parallel rank without content."),
+    "dp_rank_cached_blocks": ("n_pages_cached", "Reusable prefix pages of a data-parallel rank that nobody holds."),
+    "dp_rank_generated_tokens": ("n_generated_tokens_total", "Tokens that a data-parallel rank has generated."),
 }
 
 
@@ -106,30 +117,6 @@ def _number(bound: float) -> str:
     return str(float(bound))
 
 
-class _EngineTotal:
-    """A total of the engine as a counter that also survives a new engine starting from zero."""
-
-    __slots__ = ("_base", "_last")
-
-    def __init__(self) -> None:
-        self._base = 0
-        self._last = 0
-
-    def update(self, total: int) -> int:
-        """The engine says `total`; returns what was added since it spoke last."""
-        if total < self._last:
-            self._base += self._last
-            self._last = 0
-        added = total - self._last
-        self._last = total
-        return added
-
-    @property
-    def value(self) -> int:
-        """All engines together."""
-        return self._base + self._last
-
-
 class Metrics(Collector):
     """Every metric of one server.
 
@@ -147,10 +134,12 @@ class Metrics(Collector):
         self._http: dict[tuple[str, str, str], int] = {}
         self._cache_info: dict[str, str] = {}
         self._totals = {
-            name: _EngineTotal() for name in ("preempted", "prompt_tokens", "cached_tokens", "generated_tokens")
+            name: EngineTotal() for name in ("preempted", "prompt_tokens", "cached_tokens", "generated_tokens")
         }
         self._n_ended = 0
         self._n_ended_with_hit = 0
+        self._status_d: Mapping[int, Status] = {}
+        self._gauges["dp_balance_ratio"] = 1.0
         self.registry.register(self)
 
     # ---- requests ----
@@ -227,7 +216,8 @@ class Metrics(Collector):
     def configure(self, config: EngineConfig, n_pages: int) -> None:
         """The engine is ready with this configuration and this many pages."""
         cache, scheduler = config.cache, config.scheduler
-        self._gauges["max_batch_size"] = self._gauges["available_batch_size"] = scheduler.max_seqs
+        n_seqs = scheduler.max_seqs * len(config.parallel.serves)
+        self._gauges["max_batch_size"] = self._gauges["available_batch_size"] = n_seqs
         self._gauges["max_gpu_block_num"] = n_pages
         self._cache_info = {
             "block_size": str(cache.page_tokens),
@@ -239,8 +229,13 @@ class Metrics(Collector):
             "device": config.model.device,
         }
 
+    def update_ranks(self, statuses: Mapping[int, Status], balance_ratio: float) -> None:
+        """What each data-parallel rank reported last, and how even their load is."""
+        self._status_d = statuses
+        self._gauges["dp_balance_ratio"] = balance_ratio
+
     def update(self, status: Status) -> None:
-        """The engine core reported its state."""
+        """The engine reported its state: that of all engine cores together."""
         totals, gauges, counters = self._totals, self._gauges, self._counters
         gauges["num_requests_preempted"] = totals["preempted"].update(status.n_preempted_total)
         totals["prompt_tokens"].update(status.n_prompt_tokens_total)
@@ -273,6 +268,11 @@ class Metrics(Collector):
             yield GaugeMetricFamily(PREFIX + name, help_text, value=self._gauges[name])
         for name, (_, help_text) in _HISTOGRAMS.items():
             yield self._histograms[name].family(PREFIX + name, help_text)
+        for name, (field, help_text) in _RANK_GAUGES.items():
+            family = GaugeMetricFamily(PREFIX + name, help_text, labels=["dp_rank"])
+            for data_rank, status in sorted(self._status_d.items()):
+                family.add_metric([str(data_rank)], getattr(status, field))
+            yield family
         ended = CounterMetricFamily(PREFIX + "requests_ended", "Requests that ended, by reason.", labels=["reason"])
         for reason, n in list(self._finished.items()):
             ended.add_metric([reason], n)

@@ -1,24 +1,28 @@
-"""Typed, authenticated messages between front ends and an engine core, over ZMQ.
+"""Typed, authenticated messages over ZMQ: between front ends and an engine core, and between the cores of a group.
 
-The core binds an address in Linux' abstract namespace: no file is left behind and nothing outside this host can reach
-it. CURVE encrypts it; only who was told the core's public key by the common parent can connect.
+Who serves binds an address in Linux' abstract namespace: no file is left behind and nothing outside this host can reach
+it. (A group over several machines binds a TCP port.) CURVE encrypts; only who was told the server's public key by the
+common parent can connect.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from fastdeploy.wire.messages import Command, Event
+from fastdeploy.wire.messages import Command, Event, GroupCommand, GroupEvent
+
+Received = TypeVar("Received")
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_command = msgspec.msgpack.Decoder(Command).decode
 _decode_event = msgspec.msgpack.Decoder(Event).decode
+_decode_group_event = msgspec.msgpack.Decoder(GroupEvent).decode
 
 
 def new_endpoint() -> str:
@@ -32,10 +36,13 @@ def new_keys() -> tuple[bytes, bytes]:
     return public, secret
 
 
-class CoreChannel:
-    """The core's end: one socket for all front ends."""
+class _ServerChannel(Generic[Received]):
+    """The end that many connect to: one socket for all of them. Raises ZMQError when the endpoint is taken."""
 
-    def __init__(self, endpoint: str, secret_key: bytes, public_key: bytes) -> None:
+    def __init__(
+        self, endpoint: str, secret_key: bytes, public_key: bytes, decoder: msgspec.msgpack.Decoder[Received]
+    ) -> None:
+        self._decode = decoder.decode
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.ROUTER)
         self.socket.curve_server = True
@@ -46,17 +53,17 @@ class CoreChannel:
         self.socket.router_mandatory = True
         self.socket.bind(endpoint)
 
-    def receive_all(self) -> Iterator[tuple[bytes, Any]]:
-        """(front end, command) for all that has arrived; does not wait."""
+    def receive_all(self) -> Iterator[tuple[bytes, Received]]:
+        """(sender, message) for all that has arrived; does not wait."""
         while True:
             try:
                 client, data = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            yield client, _decode_command(data)
+            yield client, self._decode(data)
 
     def send(self, client: bytes, event: Any) -> bool:
-        """Send an event to one front end; False when that front end is gone."""
+        """Send to one of those who have spoken; False when it is gone."""
         try:
             self.socket.send_multipart((client, _encode(event)), zmq.NOBLOCK)
         except zmq.ZMQError as error:
@@ -64,6 +71,52 @@ class CoreChannel:
                 return False
             raise
         return True
+
+    def close(self) -> None:
+        """Send what is queued (at most a second) and close."""
+        self.socket.close()
+        self._context.term()
+
+
+class CoreChannel(_ServerChannel[Command]):
+    """The core's end of the talk with its front ends."""
+
+    def __init__(self, endpoint: str, secret_key: bytes, public_key: bytes) -> None:
+        super().__init__(endpoint, secret_key, public_key, msgspec.msgpack.Decoder(Command))
+
+
+class HubChannel(_ServerChannel[GroupCommand]):
+    """The hub's end of the talk with the engine cores of its group."""
+
+    def __init__(self, endpoint: str, secret_key: bytes, public_key: bytes) -> None:
+        super().__init__(endpoint, secret_key, public_key, msgspec.msgpack.Decoder(GroupCommand))
+
+
+class MemberChannel:
+    """An engine core's end of the talk with its group's hub. Connects again when the hub is replaced."""
+
+    def __init__(self, endpoint: str, hub_public_key: bytes) -> None:
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.curve_serverkey = hub_public_key
+        self.socket.curve_publickey, self.socket.curve_secretkey = zmq.curve_keypair()
+        self.socket.linger = 1000
+        self.socket.reconnect_ivl_max = 1000
+        self.socket.connect(endpoint)
+
+    def send(self, command: GroupCommand) -> None:
+        """Send one message; dropped when the hub has not been there for long, which its silence tells as well."""
+        with contextlib.suppress(zmq.Again):
+            self.socket.send(_encode(command), zmq.NOBLOCK)
+
+    def receive_all(self) -> Iterator[GroupEvent]:
+        """All that has arrived; does not wait."""
+        while True:
+            try:
+                data = self.socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            yield _decode_group_event(data)
 
     def close(self) -> None:
         """Send what is queued (at most a second) and close."""

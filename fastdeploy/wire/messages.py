@@ -37,15 +37,21 @@ class Abort(_Message, frozen=True):
     request_ids: list[str]
 
 
+class Withdraw(_Message, frozen=True):
+    """Give back up to `n_requests` of this front end's requests that never ran, those that came last first."""
+
+    n_requests: int
+
+
 class Hello(_Message, frozen=True):
     """A front end introduces itself and wants Ready and Status."""
 
 
 class Shutdown(_Message, frozen=True):
-    """Stop now."""
+    """Stop; with expert parallelism as soon as no other rank of the group needs this one."""
 
 
-Command: TypeAlias = Submit | Abort | Hello | Shutdown
+Command: TypeAlias = Submit | Abort | Withdraw | Hello | Shutdown
 
 
 # ---- engine core -> front end ------------------------------------------------------------------------------------
@@ -91,6 +97,12 @@ class StepOutput(_Message, frozen=True):
     deltas: list[TokenDelta]
 
 
+class Withdrawn(_Message, frozen=True):
+    """These requests have left this core without a token."""
+
+    request_ids: list[str]
+
+
 class LoadProgress(_Message, frozen=True):
     """Start-up progress; `total` 0 means unknown."""
 
@@ -134,7 +146,91 @@ class EngineFailed(_Message, frozen=True):
     message: str
 
 
-Event: TypeAlias = StepOutput | LoadProgress | Ready | Status | EngineFailed
+Event: TypeAlias = StepOutput | Withdrawn | LoadProgress | Ready | Status | EngineFailed
+
+
+class StepAgreement(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What all ranks of an expert-parallel group know of a step before they enter its collectives; equal on each.
+
+    `n_tokens_d[i]`: tokens that data-parallel rank i computes, 0 for one without work. With `use_graph` each lays out
+    `n_rows` rows, of which its own tokens are the first; without, `n_rows` is the largest of `n_tokens_d`.
+    """
+
+    n_tokens_d: list[int]
+    n_rows: int
+    use_graph: bool
+
+
+class GroupStore(_Message, frozen=True):
+    """Rank 0 of a process group of several ranks opened the store at which the others join; sent as soon as it can."""
+
+    host: str
+    port: int
+
+
+# ---- engine core -> hub of its expert-parallel group, and back; see engine/group.py ---------------------------------
+
+
+class Join(_Message, frozen=True):
+    """A core wants to be `data_rank` of the group; repeated until the group is complete."""
+
+    data_rank: int
+    fingerprint: str  # of what must be equal on all ranks
+
+
+class Vote(_Message, frozen=True):
+    """What a core would compute in step `step` of the group."""
+
+    step: int
+    n_tokens: int
+    graph_ok: bool
+
+
+class Alive(_Message, frozen=True):
+    """Said every second, both ways."""
+
+
+class Leave(_Message, frozen=True):
+    """A core is done: it takes part in others' steps until all want to leave. With `error` it has failed."""
+
+    error: str | None = None
+
+
+class Complete(_Message, frozen=True):
+    """All cores of the group are there."""
+
+
+class Missing(_Message, frozen=True):
+    """The group is not complete yet: these data-parallel ranks are awaited."""
+
+    data_ranks: list[int]
+
+
+class StepOpen(_Message, frozen=True):
+    """A core has work for step `step`: vote."""
+
+    step: int
+
+
+class Agreed(_Message, frozen=True):
+    """All have voted for step `step`."""
+
+    step: int
+    agreement: StepAgreement
+
+
+class GroupFailed(_Message, frozen=True):
+    """The group has come to an end, and why."""
+
+    reason: str
+
+
+class Dismissed(_Message, frozen=True):
+    """All cores want to leave: stop."""
+
+
+GroupCommand: TypeAlias = Join | GroupStore | Vote | Alive | Leave
+GroupEvent: TypeAlias = Missing | Complete | GroupStore | StepOpen | Agreed | Alive | GroupFailed | Dismissed
 
 
 # ---- engine core -> ranks ----------------------------------------------------------------------------------------
@@ -149,18 +245,6 @@ class SlotStart(msgspec.Struct, frozen=True, array_like=True, gc=False):
     n_computed: int  # tokens whose keys and values are in `page_ids` already
     page_ids: list[int]
     params: SamplingParams
-
-
-class StepAgreement(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What all ranks of an expert-parallel group know of a step before they enter its collectives; equal on each.
-
-    `n_tokens_d[i]`: tokens that data-parallel rank i computes, 0 for one without work. With `use_graph` each lays out
-    `n_rows` rows, of which its own tokens are the first; without, `n_rows` is the largest of `n_tokens_d`.
-    """
-
-    n_tokens_d: list[int]
-    n_rows: int
-    use_graph: bool
 
 
 class StepPlan(_Message, frozen=True):
@@ -214,13 +298,6 @@ class RankReady(_Message, frozen=True):
     stages_s: dict[str, float]
 
 
-class GroupStore(_Message, frozen=True):
-    """Rank 0 of a process group of several ranks opened the store at which the others join; sent as soon as it can."""
-
-    host: str
-    port: int
-
-
 class RankAlive(_Message, frozen=True):
     """Heartbeat: `n_layers_done` counts decoder layers since start; it stands still when the rank is stuck."""
 
@@ -240,10 +317,20 @@ RankEvent: TypeAlias = StepResult | RankReady | RankAlive | RankFailed | LoadPro
 # ---- parent -> child, once, at its start -------------------------------------------------------------------------
 
 
+class GroupAddress(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where the engine cores of an expert-parallel group meet. That of data-parallel rank 0 serves the endpoint."""
+
+    endpoint: str
+    public_key: bytes  # CURVE: who knows it may join
+    secret_key: bytes
+    patience_s: float  # how long to wait for the others
+
+
 class CoreBoot(_Message, frozen=True):
     """What an engine core is started with."""
 
     config: EngineConfig
+    group: GroupAddress | None  # None: it computes on its own
     endpoint: str  # where it listens for front ends
     secret_key: bytes  # CURVE secret of the endpoint: who knows its public half may connect
     public_key: bytes

@@ -197,7 +197,7 @@ def test_totals_are_not_counted_twice_and_survive_a_new_engine() -> None:
 
 
 def test_configuration() -> None:
-    from fastdeploy.config.schema import CacheConfig, SchedulerConfig
+    from fastdeploy.config.schema import CacheConfig, ParallelConfig, SchedulerConfig
 
     class Model:
         dtype = "bfloat16"
@@ -206,6 +206,7 @@ def test_configuration() -> None:
     class Config:
         cache = CacheConfig(page_tokens=16)
         scheduler = SchedulerConfig(max_seqs=8)
+        parallel = ParallelConfig()
         model = Model()
 
     metrics = Metrics()

@@ -83,6 +83,33 @@ def test_defaults_on_a_gpu(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolved(model=model, device="cpu").model.dtype == "float32"
 
 
+def test_group_sizes_that_contradict_the_model_are_all_told(model: str) -> None:
+    lines = problems(model=model, tensor_parallel_size=3, data_parallel_size=2, enable_expert_parallel=True)
+    assert any("--tensor-parallel-size 3" in line and "attention heads, 4" in line for line in lines)
+    assert any("--enable-expert-parallel" in line and "no experts" in line for line in lines)
+
+
+def test_ranks_that_a_server_serves(model: str) -> None:
+    whole = resolved(model=model, data_parallel_size=4).parallel
+    assert (whole.serves, whole.data_rank, whole.n_ranks, whole.group_size) == ((0, 1, 2, 3), 0, 4, 1)
+    one = resolved(
+        {"FD_ENABLE_MULTI_API_SERVER": "1"}, model=model, data_parallel_size=4, local_data_parallel_id=2
+    ).parallel
+    assert (one.serves, one.data_rank) == ((2,), 2)
+    machines = {"data_parallel_size": 4, "ips": "10.9.9.1,10.9.9.2", "model": model}
+    second = resolved({"FD_HOST_IP": "10.9.9.2"}, **machines).parallel
+    assert (second.serves, second.host, second.n_local_replicas) == ((2, 3), "10.9.9.2", 2)
+    assert "FD_HOST_IP" in problems(**machines)[0]
+    assert "10.9.9.3" in problems({"FD_HOST_IP": "10.9.9.3"}, **machines)[0]
+    wrong = {**machines, "local_data_parallel_id": 1}
+    assert "2..3" in problems({"FD_HOST_IP": "10.9.9.2"}, **wrong)[0]
+
+
+def test_ranks_of_one_machine_share_its_cores(model: str) -> None:
+    assert resolved(model=model, data_parallel_size=64).n_threads == 1
+    assert resolved(model=model, data_parallel_size=64, threads=3).n_threads == 3
+
+
 def test_float32_checkpoint_is_computed_in_bfloat16_on_a_gpu(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpu(monkeypatch)
     (Path(model) / "config.json").write_text(json.dumps(CONFIG | {"torch_dtype": "float32"}))
@@ -202,8 +229,9 @@ def test_environment(model: str) -> None:
         ({"tokenizer": "/nowhere"}, ["--tokenizer /nowhere", "no such folder"]),
         ({"engine_worker_queue_port": "1,2"}, ["--engine-worker-queue-port 1,2", "2 ports", "1 expected"]),
         ({"rdma_comm_ports": [70000]}, ["--rdma-comm-ports 70000", "65535"]),
-        ({"data_parallel_size": 8}, ["--data-parallel-size 8: not supported yet: "]),
-        ({"tensor_parallel_size": 2}, ["--tensor-parallel-size 2: not supported yet: "]),
+        ({"data_parallel_size": 0}, ["--data-parallel-size 0: must be at least 1"]),
+        ({"tensor_parallel_size": 0}, ["--tensor-parallel-size 0: must be at least 1"]),
+        ({"data_parallel_size": 2, "local_data_parallel_id": 2}, ["--local-data-parallel-id 2: ", "0..1"]),
         ({"quantization": "wint4"}, ["--quantization wint4: not supported yet: "]),
         ({"splitwise_role": "decode"}, ["--splitwise-role decode: not supported yet: ", "mixed"]),
         ({"router": "h:1"}, ["--router h:1: not supported yet: "]),

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -16,13 +16,14 @@ from fastdeploy.config.args import EngineArgs, ServerArgs
 from fastdeploy.config.flags import build_parser
 from fastdeploy.config.resolve import log_dir, resolve_all, resolve_server
 from fastdeploy.config.schema import EngineConfig
+from fastdeploy.entrypoints.supervise.announce import Announce, Bound, Up, tell_nobody
 from fastdeploy.errors import ConfigError, FastDeployError
 from fastdeploy.observability.logs import CONSOLE, close_logging, setup_logging
 
 if TYPE_CHECKING:
     from fastdeploy.entrypoints.openai.state import ServerState
     from fastdeploy.frontend.generation import Generator
-    from fastdeploy.wire.messages import LoadProgress, Status
+    from fastdeploy.wire.messages import GroupAddress, LoadProgress, Status
 
 PROGRAM = "python -m fastdeploy.entrypoints.openai.api_server"
 LOGGER = logging.getLogger("fastdeploy.api_server")
@@ -31,8 +32,8 @@ EXAMPLE = f"""Example:
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{{"prompt": "Hello"}}'"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until it is told to stop.
+def main(argv: Sequence[str] | None = None, announce: Announce = tell_nobody) -> int:
+    """Serves until it is told to stop; `announce` is called when the ports are bound and when the engine is up.
 
     Returns 0 after an orderly end, 2 for wrong flags or a busy port, 1 when the engine does not start or dies,
     130 when a second signal cut the end short.
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = build_parser(PROGRAM, ServerArgs, EngineArgs, epilog=EXAMPLE)
         flags = parser.parse_flags(args)
-        return _start(ServerArgs.from_namespace(flags), EngineArgs.from_namespace(flags), os.environ)
+        return _start(ServerArgs.from_namespace(flags), EngineArgs.from_namespace(flags), os.environ, announce)
     except FastDeployError as exc:
         for line in str(exc).splitlines():
             print(f"fastdeploy: error: {line}", file=sys.stderr)
@@ -50,23 +51,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _start(server: ServerArgs, engine: EngineArgs, environ: Mapping[str, str]) -> int:
+def _start(server: ServerArgs, engine: EngineArgs, environ: MutableMapping[str, str], announce: Announce) -> int:
     """Binds first: a busy port is reported before a model is looked at. Raises `FastDeployError`."""
-    from fastdeploy.entrypoints.openai.server import bind
+    from fastdeploy.entrypoints.openai.server import address_of, bind
+    from fastdeploy.frontend.meeting import group_address
 
     server = resolve_server(server, environ)
     with ExitStack() as stack:
         sockets = [stack.enter_context(bind(server.host, server.port, "--port"))]
-        if server.metrics_port is not None and server.metrics_port != server.port:
+        if not _one_port(server):
+            assert server.metrics_port is not None
             sockets.append(stack.enter_context(bind(server.host, server.metrics_port, "--metrics-port")))
+        ports = [sock.getsockname()[1] for sock in sockets]
+        announce(Bound(address_of(sockets[0]), address_of(sockets[-1]), ports[0], ports[-1]))
         setup_logging(log_dir(environ), "api_server", environ=environ)
         stack.callback(close_logging)
         server, config = resolve_all(server, engine, environ)
+        group = group_address(engine, environ)
         LOGGER.info("flags: %s", _shown_flags(server, engine))
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            in_order = runner.run(_serve(server, engine, config, sockets, environ))
+            in_order = runner.run(_serve(server, engine, config, group, sockets, environ, announce))
     return 0 if in_order else 130
 
 
@@ -74,8 +80,10 @@ async def _serve(
     server: ServerArgs,
     engine: EngineArgs,
     config: EngineConfig,
+    group: GroupAddress | None,
     sockets: Sequence[socket.socket],
     environ: Mapping[str, str],
+    announce: Announce,
 ) -> bool:
     """Runs the server on bound sockets. Raises `FastDeployError`."""
     from fastdeploy.entrypoints.openai.app import create_app, create_metrics_app
@@ -104,16 +112,21 @@ async def _serve(
         if engine.chat_template is not None:  # a mistake in it shows before minutes of loading, not after
             tokenizer = await asyncio.to_thread(load_tokenizer, config.model.tokenizer_path or config.model.path)
             state.chat_template = ChatTemplate(tokenizer, engine.chat_template)
-        async with running_generator(config, state.metrics, on_progress, on_status) as generator:
+        restart = server.restart == "on-failure" or (server.restart == "auto" and config.parallel.data > 1)
+        async with running_generator(
+            config, state.metrics, on_progress, on_status, group=group, restart=restart
+        ) as generator:
             state.chat_template = state.chat_template or ChatTemplate(generator.tokenizer)
             yield generator
+
+    def on_up(generator: Generator) -> None:
+        report.on_ready(config, generator.ready, address_of(sockets[0]))
+        announce(Up())
 
     apps = [create_app(state)] + [create_metrics_app(state) for _ in sockets[1:]]
     http = HttpServer(state, list(zip(apps, sockets, strict=True)), server.timeout_graceful_shutdown)
     try:
-        return await http.run(
-            engine_context, lambda generator: report.on_ready(config, generator.ready, address_of(sockets[0]))
-        )
+        return await http.run(engine_context, on_up)
     finally:
         report.close()
 
@@ -131,9 +144,14 @@ def make_state(server: ServerArgs, engine: EngineArgs, config: EngineConfig, env
         api_keys=server.api_key,
         max_waiting_s=server.max_waiting_time if server.max_waiting_time > 0 else None,
         silence_s=server.timeout or None,
-        serves_metrics=server.metrics_port in (None, server.port),
+        serves_metrics=_one_port(server),
         environment=environ,
     )
+
+
+def _one_port(server: ServerArgs) -> bool:
+    """Whether metrics are served on --port; two free ports are two ports."""
+    return server.metrics_port is None or server.metrics_port == server.port != 0
 
 
 def _shown_flags(server: ServerArgs, engine: EngineArgs) -> str:

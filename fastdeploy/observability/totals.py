@@ -1,0 +1,56 @@
+"""The reports of several engine cores as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from fastdeploy.wire.messages import Status
+
+_TOTALS = tuple(name for name in Status.__struct_fields__ if name.endswith("_total") and name != "n_pages_total")
+
+
+class EngineTotal:
+    """A total of an engine that also survives a new engine starting from zero."""
+
+    __slots__ = ("_base", "_last")
+
+    def __init__(self) -> None:
+        self._base = 0
+        self._last = 0
+
+    def update(self, total: int) -> int:
+        """The engine says `total`; returns what was added since it spoke last."""
+        if total < self._last:
+            self._base += self._last
+            self._last = 0
+        added = total - self._last
+        self._last = total
+        return added
+
+    @property
+    def value(self) -> int:
+        """All engines together."""
+        return self._base + self._last
+
+
+class StatusTotals:
+    """Adds up the Status of all data-parallel ranks; totals never fall, also when a rank started again from zero."""
+
+    def __init__(self) -> None:
+        self._total_of: dict[tuple[int, str], EngineTotal] = {}
+
+    def add_up(self, statuses: Mapping[int, Status]) -> Status:
+        """One Status for all ranks: sums, and the longest stall."""
+        whole = dict.fromkeys(Status.__struct_fields__, 0)
+        for data_rank, status in statuses.items():
+            for name, value in msgspec.structs.asdict(status).items():
+                if name in _TOTALS:
+                    total = self._total_of.setdefault((data_rank, name), EngineTotal())
+                    total.update(value)
+                    whole[name] += total.value
+                else:
+                    whole[name] += value
+        whole["stalled_s"] = max((status.stalled_s for status in statuses.values()), default=0.0)  # type: ignore[assignment]
+        return Status(**whole)
