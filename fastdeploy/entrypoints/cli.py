@@ -134,6 +134,12 @@ def _serve_demo(argv: Sequence[str]) -> int | None:
     return serve_demo(argv)
 
 
+def _bench(argv: Sequence[str]) -> int | None:
+    """The benchmarks have a table of their own."""
+    status: int | None = import_module("fastdeploy.bench.command").main(argv)
+    return status
+
+
 def _check(argv: Sequence[str]) -> None:
     """What is installed and found; with --model, what an engine with these flags would be."""
     from fastdeploy.config.args import EngineArgs
@@ -208,6 +214,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "demo": Command("start a server with a small model, ask it a few things, stop it", _demo),
         "serve-demo": Command("start a server with that model on port 8180, until Ctrl-C", _serve_demo),
         "demo-model": Command("build a small model to try things with, print its folder", _demo_model),
+        "bench": Command("measure an engine or a running server: throughput, latency, serve", _bench),
         "check": Command("show what is installed and found; with --model, the configuration it gives", _check),
     }
 )

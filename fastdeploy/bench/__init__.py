@@ -1,0 +1,1 @@
+"""`fastdeploy bench`: how fast an engine or a server is, on workloads that anybody can repeat."""
