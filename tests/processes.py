@@ -81,7 +81,7 @@ class Process:
 
     def check_nothing_left(self, seconds: float = 10.0) -> None:
         """All processes seen are gone, within `seconds`, and so are their temporary files."""
-        wait_for(lambda: not self.alive(), seconds, f"{[p.cmdline() for p in self.alive()]} to end")
+        wait_for(lambda: not self.alive(), seconds, f"{[p.pid for p in self.alive()]} to end")
         assert list(self.tmp.iterdir()) == []
 
     def shared_memory(self) -> list[str]:

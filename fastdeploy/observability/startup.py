@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from fastdeploy.config.schema import EngineConfig
+from fastdeploy.config.schema import EngineConfig, ParallelConfig
 from fastdeploy.observability.logs import CONSOLE
 from fastdeploy.wire.messages import LoadProgress, Ready, Status
 
@@ -100,14 +100,25 @@ def ready_lines(
     model, page_tokens = config.model, config.cache.page_tokens
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages_s.items())
     weights = "random weights" if model.random_weights else "weights"
+    n_seqs = config.scheduler.max_seqs * len(config.parallel.serves)
     return [
         f"started in {total_s:.1f} s" + (f": {stages}" if stages else ""),
         f"model {model.served_name}: {model.shape.architecture}, {model.dtype} on {model.device}, "
         f"{weights} {human_bytes(ready.weight_bytes)}, up to {model.max_model_len} tokens a request",
         f"cache {human_bytes(ready.kv_bytes)}: {ready.n_pages} pages of {page_tokens} tokens = "
-        f"{ready.n_pages * page_tokens} tokens, up to {config.scheduler.max_seqs} requests at once",
+        f"{ready.n_pages * page_tokens} tokens, up to {n_seqs} requests at once",
+        *_parallel_line(config.parallel),
         f"ready at {endpoint}" if endpoint else "ready",
     ]
+
+
+def _parallel_line(parallel: ParallelConfig) -> list[str]:
+    if parallel.n_ranks == 1:
+        return []
+    experts = f", experts spread over {parallel.n_ranks} ranks" if parallel.expert else ""
+    serves = parallel.serves
+    here = "" if len(serves) == parallel.data else f"; data-parallel rank {', '.join(map(str, serves))} served here"
+    return [f"data parallel {parallel.data} x tensor parallel {parallel.tensor}{experts}{here}"]
 
 
 def human_bytes(n_bytes: int) -> str:
