@@ -4,6 +4,7 @@
 | --- | --- |
 | fastdeploy.log | everything, from every process |
 | api_server.log | what the front end logs: start arguments, requests |
+| multi_api_server.log | what the supervisor of several servers logs |
 | console.log | start-up and status lines, as on the console |
 | workerlog.<n> | what rank n logs |
 
@@ -30,6 +31,7 @@ ROOT = "fastdeploy"
 CONSOLE = "fastdeploy.console"  # logger of what belongs in console.log
 CONSOLE_FILE = "console.log"
 DEFAULT_DAYS_KEPT = 7
+PARENTS = ("api_server", "multi_api_server")  # the root of a tree of processes: its console is what people watch
 
 
 class DailyFileHandler(logging.Handler):
@@ -136,7 +138,7 @@ class _ConsoleFormatter(logging.Formatter):
 
     def __init__(self, process_name: str) -> None:
         super().__init__("%(asctime)s %(origin)s%(message)s", "%H:%M:%S")
-        self._process = "" if process_name == "api_server" else f"{process_name}: "
+        self._process = "" if process_name in PARENTS else f"{process_name}: "
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno != logging.INFO else ""
@@ -216,8 +218,8 @@ def close_logging() -> None:
 
 
 def _file_names(process_name: str) -> tuple[str, ...]:
-    if process_name == "api_server":
-        return ("fastdeploy.log", "api_server.log")
+    if process_name in PARENTS:
+        return ("fastdeploy.log", f"{process_name}.log")
     if process_name.startswith("rank") and process_name[4:].isdecimal():
         return ("fastdeploy.log", f"workerlog.{process_name[4:]}")
     return ("fastdeploy.log",)
