@@ -1,4 +1,4 @@
-"""A server of this package as a child process: started on a port it chooses itself, watched, stopped in order."""
+"""Servers of this package as child processes: on ports they choose themselves, watched, stopped in order."""
 
 from __future__ import annotations
 
@@ -12,29 +12,41 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 from fastdeploy.errors import EngineDeadError, EngineStartError
 
-MODULE = "fastdeploy.entrypoints.openai.api_server"
+MODULE = "fastdeploy.entrypoints.openai.multi_api_server"
 STOP_PATIENCE_S = 30.0
 
-_READY = re.compile(r"\bready at (http://\S+)$")
+_ROW = re.compile(r"\s(\d+) +(http://\S+) +(http://\S+/metrics) ")  # of the table shown when all are ready
 _N_LINES_KEPT = 200
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
 
 
-class ServerProcess:
-    """`python -m fastdeploy.entrypoints.openai.api_server ARGV`; as a context it ends with the block.
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where one of the servers answers, and where it serves its metrics."""
 
-    `on_line` gets every line the server writes, from a thread of this object.
+    url: str
+    metrics_url: str
+
+
+class ServerProcess:
+    """`python -m fastdeploy.entrypoints.openai.multi_api_server ARGV`; as a context it ends with the block.
+
+    `on_line` gets every line the servers write, from a thread of this object.
     """
 
-    def __init__(self, argv: Sequence[str], environ: Mapping[str, str], on_line: Callable[[str], None]) -> None:
+    def __init__(
+        self, argv: Sequence[str], environ: Mapping[str, str], n_servers: int, on_line: Callable[[str], None]
+    ) -> None:
+        self._n_servers = n_servers
         self._lines: deque[str] = deque(maxlen=_N_LINES_KEPT)
         self._on_line = on_line
-        self._url: str | None = None
+        self._endpoints: dict[int, Endpoint] = {}
         self._ready = threading.Event()
         libc = ctypes.CDLL(None)
         parent_pid = os.getpid()
@@ -66,8 +78,8 @@ class ServerProcess:
         elif kind is None:
             self.stop()
 
-    def wait_ready(self, patience_s: float, on_wait: Callable[[float], None] = lambda _: None) -> str:
-        """The server's URL once it takes requests; `on_wait` gets the seconds waited, several times a second.
+    def wait_ready(self, patience_s: float, on_wait: Callable[[float], None] = lambda _: None) -> list[Endpoint]:
+        """The servers, by rank, once all take requests; `on_wait` gets the seconds waited, several times a second.
 
         Raises EngineStartError with the server's last lines when it ends or takes longer.
         """
@@ -81,8 +93,7 @@ class ServerProcess:
                 raise EngineStartError(f"the server ended with status {status} while starting{self.last_lines()}")
             if waited_s > patience_s:
                 raise EngineStartError(f"the server was not ready after {waited_s:.0f} s{self.last_lines()}")
-        assert self._url is not None
-        return self._url
+        return [self._endpoints[rank] for rank in sorted(self._endpoints)]
 
     def stop(self) -> None:
         """Tell the server to end and wait. Raises EngineDeadError unless it ends in order: status 0, in time."""
@@ -114,6 +125,7 @@ class ServerProcess:
                 text = line.rstrip("\n")
                 self._lines.append(text)
                 self._on_line(text)
-                if (match := _READY.search(text)) is not None:
-                    self._url = match[1]
-                    self._ready.set()
+                if (match := _ROW.search(text)) is not None:
+                    self._endpoints[int(match[1])] = Endpoint(match[2], match[3])
+                    if len(self._endpoints) == self._n_servers:
+                        self._ready.set()

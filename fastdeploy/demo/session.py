@@ -1,7 +1,8 @@
-"""`fastdeploy demo` and `fastdeploy serve-demo`: a real server with the demo model, and requests to show that it works.
+"""`fastdeploy demo` and `fastdeploy serve-demo`: real servers with the demo model, and requests to show that they work.
 
-The demo starts the server as a user would, talks to it through the official `openai` client, prints what came back
-with its timings, stops the server and checks that it ended in order.
+The demo starts two data-parallel ranks that share the experts, as a user would, with an endpoint each. It talks to both
+through the official `openai` client, prints what came back with its timings and what each rank did, stops the servers
+and checks that they ended in order.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TextIO
 
 from fastdeploy.demo.model import build_demo_model
+from fastdeploy.demo.rank_load import load_table, rank_load
 from fastdeploy.demo.server_process import ServerProcess
 from fastdeploy.errors import ConfigError, EngineError
 
@@ -34,9 +36,12 @@ PROMPTS = (
     "我要采访一位科幻作家，创建一个包含5个问题的列表",
 )
 QUESTION = "Name three good things to eat for breakfast, and say why."
+N_RANKS = 2
 # A demo needs little: small limits make the cache small and the start quick.
+LAUNCH_FLAGS = ("--num-servers", str(N_RANKS), "--ports", ",".join(["0"] * N_RANKS), "--args")
 SERVER_FLAGS = (
-    *("--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", "0"),
+    *("--served-model-name", MODEL_NAME, "--host", "127.0.0.1"),
+    *("--data-parallel-size", str(N_RANKS), "--enable-expert-parallel"),
     *("--max-model-len", "1024", "--num-gpu-blocks-override", "64"),
 )
 NOTE = "The model is real but small and speaks English only: judge the serving here, not the Chinese."
@@ -68,20 +73,21 @@ def run_demo(max_tokens: int, output: TextIO = sys.stdout) -> None:
         raise ConfigError(f"--max-tokens {max_tokens}: must be at least 1")
     folder = build_demo_model(show_progress=sys.stderr.isatty())
     console = _Console(output)
-    console.line(f"starting a server with the demo model in {folder}")
-    # A slow import, done while the server starts.
+    console.line(f"starting {N_RANKS} data-parallel ranks that share the experts of the demo model in {folder}")
+    # A slow import, done while the servers start.
     threading.Thread(target=import_module, args=("openai",), name="import openai", daemon=True).start()
-    argv = ["--model", str(folder), *SERVER_FLAGS]
-    with ServerProcess(argv, server_environment(os.environ), console.server_line) as server:
-        url = server.wait_ready(START_PATIENCE_S, console.waiting)
+    argv = [*LAUNCH_FLAGS, "--model", str(folder), *SERVER_FLAGS]
+    with ServerProcess(argv, server_environment(os.environ), N_RANKS, console.server_line) as server:
+        endpoints = server.wait_ready(START_PATIENCE_S, console.waiting)
         console.end_of_start()
         with _client_errors(server, console):
             start_s = time.monotonic()
-            answers = asyncio.run(_ask_all(url, max_tokens, console))
+            answers_d = asyncio.run(_ask_all([endpoint.url for endpoint in endpoints], max_tokens, console))
             total_s = time.monotonic() - start_s
-        for line in report(answers, total_s):
+            loads = [rank_load(endpoint.metrics_url) for endpoint in endpoints]
+        for line in [*report(answers_d, total_s), *load_table(loads), NOTE]:
             console.line(line)
-    console.line("The server stopped in order (status 0).")
+    console.line("The servers stopped in order (status 0).")
 
 
 def server_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -120,19 +126,27 @@ END
 """
 
 
-def report(answers: Sequence[Answer], total_s: float) -> list[str]:
-    """Every answer but the first, which was shown as it came, then a table of all."""
+def report(answers_d: Sequence[Sequence[Answer]], total_s: float) -> list[str]:
+    """Every answer of rank 0 but the first, which was shown as it came, then a table of all ranks' timings."""
+    first = answers_d[0]
     lines = []
-    for number, answer in enumerate(answers[1:], 2):
+    for number, answer in enumerate(first[1:], 2):
         lines += ["", f"[{number}] {answer.prompt}", _indented(answer.text), f"    ({_timing(answer)})"]
-    lines += ["", f" {'':>3} {'tokens':>6} {'first token':>12} {'tokens/s':>9}   prompt"]
-    lines += [
-        f" {f'[{number}]':>3} {a.n_tokens:>6} {a.first_token_s:>10.2f} s {a.tokens_per_s:>9.1f}   {a.prompt}"
-        for number, a in enumerate(answers, 1)
-    ]
+    heads = "".join(f"  rank {rank}: first token  tokens/s" for rank in range(len(answers_d)))
+    lines += ["", f" {'':>3} {'tokens':>6}{heads}   prompt"]
+    for i, answer in enumerate(first):
+        cells = "".join(f"{a[i].first_token_s:>20.2f} s{a[i].tokens_per_s:>10.1f}" for a in answers_d)
+        lines.append(f" {f'[{i + 1}]':>3} {answer.n_tokens:>6}{cells}   {answer.prompt}")
+    answers = [answer for of_rank in answers_d for answer in of_rank]
     n_tokens = sum(answer.n_tokens for answer in answers)
     together = f"{n_tokens} tokens in {total_s:.1f} s, {n_tokens / max(total_s, 1e-6):.1f} tokens/s together"
-    return [*lines, "", f"{len(answers)} requests at once: {together}", NOTE]
+    n_same = sum(len({a[i].text for a in answers_d}) == 1 for i in range(len(first)))
+    return [
+        *lines,
+        "",
+        f"{len(answers)} requests at once: {together}",
+        f"{n_same} of {len(first)} answers are the same text on all {len(answers_d)} ranks",
+    ]
 
 
 class _Console:
@@ -183,23 +197,26 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-async def _ask_all(url: str, max_tokens: int, console: _Console) -> list[Answer]:
-    """All requests at once: first the chat, shown as it comes, then the prompts."""
+async def _ask_all(urls: Sequence[str], max_tokens: int, console: _Console) -> list[list[Answer]]:
+    """All requests to all ranks at once: a chat, which rank 0 shows as it comes, and the prompts."""
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-    console.text(f"\n{1 + len(PROMPTS)} requests at once; the first is shown as it comes\n\n[1] {QUESTION}\n    ")
-    # trust_env: a proxy of the environment does not know this machine's loopback
-    http = DefaultAsyncHttpxClient(trust_env=False)
-    async with (
-        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as client,
-        asyncio.timeout(ANSWER_PATIENCE_S),
-        asyncio.TaskGroup() as tasks,
-    ):
-        running = [tasks.create_task(_chat(client, max_tokens, lambda text: console.text(_hanging(text))))]
-        running += [tasks.create_task(_complete(client, prompt, max_tokens)) for prompt in PROMPTS]
-    answers = [task.result() for task in running]
-    console.line(f"\n    ({_timing(answers[0])})")
-    return answers
+    n_each = 1 + len(PROMPTS)
+    console.text(f"\n{n_each} requests to each of {len(urls)} ranks at once; the first is shown as it comes\n\n")
+    console.text(f"[1] {QUESTION}\n    ")
+    running: list[list[asyncio.Task[Answer]]] = []
+    async with AsyncExitStack() as stack, asyncio.timeout(ANSWER_PATIENCE_S), asyncio.TaskGroup() as tasks:
+        for rank, url in enumerate(urls):
+            # trust_env: a proxy of the environment does not know this machine's loopback
+            http = DefaultAsyncHttpxClient(trust_env=False)
+            client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http)
+            await stack.enter_async_context(client)
+            show = _nothing if rank else (lambda text: console.text(_hanging(text)))
+            running.append([tasks.create_task(_chat(client, max_tokens, show))])
+            running[-1] += [tasks.create_task(_complete(client, prompt, max_tokens)) for prompt in PROMPTS]
+    answers_d = [[task.result() for task in of_rank] for of_rank in running]
+    console.line(f"\n    ({_timing(answers_d[0][0])})")
+    return answers_d
 
 
 async def _chat(client: AsyncOpenAI, max_tokens: int, show: Callable[[str], None]) -> Answer:
@@ -268,6 +285,10 @@ def _timing(answer: Answer) -> str:
         f"{answer.n_tokens} tokens, the first after {answer.first_token_s:.2f} s, "
         f"then {answer.tokens_per_s:.1f} tokens/s"
     )
+
+
+def _nothing(_: str) -> None:
+    """One answer on the screen at a time."""
 
 
 def _hanging(text: str) -> str:

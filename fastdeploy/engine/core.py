@@ -81,21 +81,25 @@ class EngineCore:
         while not self._stopped():
             wait_s = max(self._status_due_s - time.monotonic(), 0)
             poller.poll(int(wait_s * 1000) + 1)
-            self._take_commands()
-            self._send(self.scheduler.expire(time.time()))
-            for result in self.executor.receive():
-                self._send(self.scheduler.commit(self.in_flight.popleft(), result, time.time()))
-            was_busy = self._busy_since_s > 0
-            if self.group is None:
-                self._plan_ahead()
-            else:
-                self._plan_together(self.group)
-            self._note_busy()
-            if time.monotonic() >= self._status_due_s or was_busy != (self._busy_since_s > 0):
-                if self.config.parallel.data > 1:  # else a stopped rank may go on: only /health turns false
-                    self.executor.check_alive()
-                self._broadcast(self._status())
-                self._status_due_s = time.monotonic() + _STATUS_EVERY_S
+            self.turn()
+
+    def turn(self) -> None:
+        """Take in all that has arrived, plan, and send what came out; does not wait."""
+        self._take_commands()
+        self._send(self.scheduler.expire(time.time()))
+        for result in self.executor.receive():
+            self._send(self.scheduler.commit(self.in_flight.popleft(), result, time.time()))
+        was_busy = self._busy_since_s > 0
+        if self.group is None:
+            self._plan_ahead()
+        else:
+            self._plan_together(self.group)
+        self._note_busy()
+        if time.monotonic() >= self._status_due_s or was_busy != (self._busy_since_s > 0):
+            if self.config.parallel.data > 1:  # else a stopped rank may go on: only /health turns false
+                self.executor.check_alive()
+            self._broadcast(self._status())
+            self._status_due_s = time.monotonic() + _STATUS_EVERY_S
 
     def _bring_ranks_together(self) -> None:
         """While the ranks load: pass on where those of one process group meet, within this replica or to all cores."""
@@ -104,9 +108,9 @@ class EngineCore:
             if store is not None:
                 self.executor.join_group(store)
             return
+        self.group.advance()  # joins, if it has not yet: the hub passes over what strangers say
         if store is not None:
             self.group.open_store(store)
-        self.group.advance()
         self.group.check_complete(self._on_progress)
         if self.group.store is not None:
             self.executor.join_group(self.group.store)
@@ -132,8 +136,8 @@ class EngineCore:
             return
         self.proposed = self.scheduler.plan(time.time(), even_if_empty=group.step_open)
         if self.proposed is not None:
-            n_tokens = self.proposed.plan.n_tokens
-            group.vote(sum(n_tokens), graph_ok=all(n == 1 for n in n_tokens))
+            plan = self.proposed.plan
+            group.vote(sum(plan.n_tokens), graph_ok=all(plan.samples) and sum(plan.n_tokens) == len(plan.slots))
 
     def _note_busy(self) -> None:
         if not self.in_flight and self.proposed is None:
@@ -172,7 +176,8 @@ class EngineCore:
             self._to(client, StepOutput([delta]))
 
     def _status(self) -> Status:
-        return self.scheduler.status(self.executor.stalled_s(self._busy_since_s) if self._busy_since_s else 0.0)
+        stalled_s = self.executor.stalled_s(self._busy_since_s) if self._busy_since_s else 0.0
+        return self.scheduler.status(stalled_s, self.executor.n_rows_of_expert)
 
     def fail(self, error: FastDeployError) -> None:
         """Tell every front end why this engine ends, also one whose Hello has not been read yet."""
@@ -184,8 +189,10 @@ class EngineCore:
             self.group.fail(str(error))
 
     def stop(self) -> None:
-        """End ranks and close the channel."""
+        """End ranks and close the channels."""
         self.executor.stop()
+        if self.group is not None:
+            self.group.close()
         self.channel.close()
 
     def _on_progress(self, progress: LoadProgress) -> None:

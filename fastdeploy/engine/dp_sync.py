@@ -57,10 +57,14 @@ class Hub:
         self._leaving: set[int] = set()
 
     def take(self, sender: bytes, command: GroupCommand, now_s: float) -> Outbox:
-        """A member said something; what a stranger says before it joined is passed over."""
+        """A member said something. A stranger is passed over, or told that the group it speaks of is gone."""
         if isinstance(command, Join):
             return self._join(sender, command, now_s)
-        if sender not in self._heard_s or self.failed:
+        if self.failed:
+            return []
+        if sender not in self._heard_s:
+            if isinstance(command, Vote | Alive):  # only members of a complete group say that
+                return [(sender, GroupFailed("data-parallel rank 0 started anew: its engine core was gone"))]
             return []
         self._heard_s[sender] = now_s
         data_rank = self._member_d.index(sender)
@@ -74,8 +78,12 @@ class Hub:
                 self._leaving.add(data_rank)
                 return self._to_all(Dismissed()) if len(self._leaving) == len(self._member_d) else []
             case Leave(error):
-                return self._fail(f"data-parallel rank {data_rank}: {error}")
+                return self.end(f"data-parallel rank {data_rank}: {error}")
         return []
+
+    def end(self, reason: str) -> Outbox:
+        """The group cannot go on; the first reason counts."""
+        return [] if self.failed else self._fail(reason)
 
     def tick(self, now_s: float) -> Outbox:
         """Called about once a second: notices who has gone silent."""

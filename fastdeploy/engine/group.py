@@ -18,6 +18,7 @@ from fastdeploy import __version__
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.engine.dp_sync import SILENCE_LIMIT_S, Hub, Outbox
 from fastdeploy.errors import EngineDeadError, EngineStartError
+from fastdeploy.runner.graph_sizes import graph_sizes
 from fastdeploy.wire.channel import HubChannel, MemberChannel
 from fastdeploy.wire.messages import (
     Agreed,
@@ -37,7 +38,6 @@ from fastdeploy.wire.messages import (
 )
 
 _SPEAK_EVERY_S = 1.0
-_LAST_WORDS_MS = 200
 
 
 class CoreGroup:
@@ -51,7 +51,8 @@ class CoreGroup:
         self._hub: Hub | None = None
         self._hub_channel: HubChannel | None = None
         if config.parallel.data_rank == 0:
-            self._hub = Hub(config.parallel.data, self._fingerprint)
+            sizes = graph_sizes(config.scheduler.max_seqs) if config.model.device == "cuda" else ()
+            self._hub = Hub(config.parallel.data, self._fingerprint, sizes)
             try:
                 self._hub_channel = HubChannel(address.endpoint, address.secret_key, address.public_key)
             except zmq.ZMQError as error:
@@ -101,10 +102,10 @@ class CoreGroup:
 
     def fail(self, error: str) -> None:
         """This core cannot go on: tell the others why, if they do not know it already."""
-        self._channel.send(Leave(error))
-        if self._hub_channel is not None:
-            self._hub_channel.socket.poll(_LAST_WORDS_MS)
-            self._serve_hub(time.monotonic())
+        if self._hub is None:
+            self._channel.send(Leave(error))
+        else:  # at once: this process ends, and nobody would answer what is on its way to the hub
+            self._send_all(self._hub.end(f"data-parallel rank {self._parallel.data_rank}: {error}"))
 
     def advance(self) -> None:
         """Take in what has arrived, and say that this core is alive. Raises EngineDeadError at the group's end."""
@@ -125,6 +126,7 @@ class CoreGroup:
                     assert step == self._step, "an agreement on another step than the one voted for"
                     self._agreement = agreement
                     self._step += 1
+                    self.step_open = False  # the call may have crossed with this core's vote
                 case GroupStore():
                     self.store = event
                 case Missing(data_ranks):
@@ -171,8 +173,15 @@ class CoreGroup:
 
 
 def _fingerprint(config: EngineConfig) -> str:
-    """Equal on cores that can compute together: version, model, sizes; not paths, threads, pages or batch limits."""
-    parallel, model = config.parallel, config.model
+    """Equal on cores that can compute together: version, model, sizes, a step's limits; not paths, threads or pages."""
+    parallel, model, limits = config.parallel, config.model, config.scheduler
     parts = (__version__, model.shape, model.dtype, model.random_weights, model.seed)
-    sizes = (parallel.tensor, parallel.data, parallel.expert, parallel.hosts)
+    sizes = (
+        parallel.tensor,
+        parallel.data,
+        parallel.expert,
+        parallel.hosts,
+        limits.max_seqs,
+        limits.max_batched_tokens,
+    )
     return hashlib.blake2b(msgspec.json.encode((parts, sizes)), digest_size=16).hexdigest()

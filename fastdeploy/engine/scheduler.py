@@ -377,7 +377,7 @@ class Scheduler:
         self._free_slots.append(request.slot)
         request.leave()
 
-    def status(self, stalled_s: float = 0.0) -> Status:
+    def status(self, stalled_s: float = 0.0, n_rows_of_expert: dict[int, int] | None = None) -> Status:
         """Counters and gauges; O(requests)."""
         n_tokens = sum(len(request.token_ids) for request in self._requests.values())
         n_running_tokens = sum(len(request.token_ids) for request in self._running)
@@ -395,4 +395,5 @@ class Scheduler:
             n_running_tokens=n_running_tokens,
             n_waiting_tokens=n_tokens - n_running_tokens,
             stalled_s=stalled_s,
+            n_rows_of_expert=n_rows_of_expert or {},
         )

@@ -48,6 +48,7 @@ class Executor:
         self._last_progress_s = time.monotonic()
         self._heard_s: list[float] = []
         self._n_layers_done = -1
+        self.n_rows_of_expert: dict[int, int] = {}  # as far as these ranks hold experts and count
         self.store: GroupStore | None = None  # opened by one of these ranks; all ranks of its group have to be told
         env = cpu_rank_environment(os.environ) if config.model.device == "cpu" else {}
         for rank in range(config.parallel.tensor):
@@ -149,6 +150,8 @@ class Executor:
             raise self._dead(rank) from None
         if self._heard_s:
             self._heard_s[rank] = time.monotonic()
+        if isinstance(event, RankAlive):
+            self.n_rows_of_expert.update(event.n_rows_of_expert)
         match event:
             case RankFailed(kind, message):
                 raise getattr(errors, kind, errors.EngineDeadError)(message)

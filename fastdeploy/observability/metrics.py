@@ -273,6 +273,13 @@ class Metrics(Collector):
             for data_rank, status in sorted(self._status_d.items()):
                 family.add_metric([str(data_rank)], getattr(status, field))
             yield family
+        experts = CounterMetricFamily(
+            PREFIX + "expert_tokens", "Rows, of any rank, that the experts of these ranks computed.", labels=["expert"]
+        )
+        for status in list(self._status_d.values()):
+            for expert, n in sorted(status.n_rows_of_expert.items()):
+                experts.add_metric([str(expert)], n)
+        yield experts
         ended = CounterMetricFamily(PREFIX + "requests_ended", "Requests that ended, by reason.", labels=["reason"])
         for reason, n in list(self._finished.items()):
             ended.add_metric([reason], n)

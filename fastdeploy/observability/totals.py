@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -43,14 +44,17 @@ class StatusTotals:
 
     def add_up(self, statuses: Mapping[int, Status]) -> Status:
         """One Status for all ranks: sums, and the longest stall."""
-        whole = dict.fromkeys(Status.__struct_fields__, 0)
+        whole: dict[str, Any] = dict.fromkeys(Status.__struct_fields__, 0)
+        whole["n_rows_of_expert"] = dict[int, int]()
         for data_rank, status in statuses.items():
             for name, value in msgspec.structs.asdict(status).items():
                 if name in _TOTALS:
                     total = self._total_of.setdefault((data_rank, name), EngineTotal())
                     total.update(value)
                     whole[name] += total.value
+                elif name == "n_rows_of_expert":
+                    whole[name].update(value)
                 else:
                     whole[name] += value
-        whole["stalled_s"] = max((status.stalled_s for status in statuses.values()), default=0.0)  # type: ignore[assignment]
+        whole["stalled_s"] = max((status.stalled_s for status in statuses.values()), default=0.0)
         return Status(**whole)

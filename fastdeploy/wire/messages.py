@@ -137,6 +137,7 @@ class Status(_Message, frozen=True):
     n_running_tokens: int  # known tokens of running requests
     n_waiting_tokens: int
     stalled_s: float  # seconds since the ranks last made progress while having work; 0 when idle
+    n_rows_of_expert: dict[int, int] = {}  # rows, of any rank, that the experts here computed; empty: not counted
 
 
 class EngineFailed(_Message, frozen=True):
@@ -302,6 +303,7 @@ class RankAlive(_Message, frozen=True):
     """Heartbeat: `n_layers_done` counts decoder layers since start; it stands still when the rank is stuck."""
 
     n_layers_done: int
+    n_rows_of_expert: dict[int, int] = {}  # of the experts on this rank, over all layers; empty: not counted
 
 
 class RankFailed(_Message, frozen=True):

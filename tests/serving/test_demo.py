@@ -38,7 +38,7 @@ def test_answers_and_leaves_nothing_running(tmp_path: Path) -> None:
             if line.startswith("[1]"):
                 processes = psutil.Process(demo.pid).children(recursive=True)
         assert demo.wait(30) == 0, demo.stderr.read() if demo.stderr else ""
-    assert len(processes) >= 3  # front end, engine core, rank
+    assert len(processes) >= 7  # the supervisor, and for each rank: front end, engine core, rank
     deadline_s = time.monotonic() + 10  # the rank ends with its engine core, which may be a moment behind
     while any(map(is_running, processes)) and time.monotonic() < deadline_s:
         time.sleep(0.05)
@@ -46,7 +46,8 @@ def test_answers_and_leaves_nothing_running(tmp_path: Path) -> None:
     table = [line for line in lines if line.startswith(" [")]
     assert [line.split()[:2] for line in table] == [[f"[{number}]", "4"] for number in range(1, 7)]
     assert "\x1b" not in "".join(lines)
-    assert lines[-1] == "The server stopped in order (status 0)."
+    assert "6 of 6 answers are the same text on all 2 ranks" in lines
+    assert lines[-1] == "The servers stopped in order (status 0)."
 
 
 def test_failure_is_one_message_with_the_servers_words(tmp_path: Path) -> None:

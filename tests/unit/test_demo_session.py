@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from fastdeploy.demo import server_process
-from fastdeploy.demo.server_process import ServerProcess
+from fastdeploy.demo.rank_load import RankLoad, load_table, parse_rank_load
+from fastdeploy.demo.server_process import Endpoint, ServerProcess
 from fastdeploy.demo.session import Answer, report, run_demo, server_environment, snippets
 from fastdeploy.errors import ConfigError, EngineDeadError, EngineStartError
 
 pytestmark = pytest.mark.timeout(60)
 
-READY = "12:00:00 ready at http://127.0.0.1:4711"
+READY = "12:00:00 0     http://127.0.0.1:4711  http://127.0.0.1:4712/metrics  99  /log/log_0"
 STAND_IN = f"""
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(sys.argv[2])))
@@ -44,15 +45,15 @@ def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def test_ready_server_is_stopped_in_order(environ: dict[str, str]) -> None:
     lines: list[str] = []
-    with ServerProcess(["serves", "0"], environ, lines.append) as server:
-        assert server.wait_ready(30) == "http://127.0.0.1:4711"
+    with ServerProcess(["serves", "0"], environ, 1, lines.append) as server:
+        assert server.wait_ready(30) == [Endpoint("http://127.0.0.1:4711", "http://127.0.0.1:4712/metrics")]
     assert lines == ["12:00:00 loading", READY]
 
 
 def test_failed_start_shows_the_servers_own_words(environ: dict[str, str]) -> None:
     with (
         pytest.raises(EngineStartError, match=r"status 1 while starting(?s:.)*12:00:00 loading\n.*no such model"),
-        ServerProcess(["fails", "0"], environ, lambda _: None) as server,
+        ServerProcess(["fails", "0"], environ, 1, lambda _: None) as server,
     ):
         server.wait_ready(30)
 
@@ -60,7 +61,7 @@ def test_failed_start_shows_the_servers_own_words(environ: dict[str, str]) -> No
 def test_start_that_takes_too_long_ends_the_server(environ: dict[str, str]) -> None:
     with (
         pytest.raises(EngineStartError, match="not ready after 1 s"),
-        ServerProcess(["hangs", "0"], environ, lambda _: None) as server,
+        ServerProcess(["hangs", "0"], environ, 1, lambda _: None) as server,
     ):
         pid = server._process.pid
         server.wait_ready(1)
@@ -75,7 +76,7 @@ def test_start_that_takes_too_long_ends_the_server(environ: dict[str, str]) -> N
 def test_disorderly_end_is_an_error(argv: list[str], message: str, environ: dict[str, str]) -> None:
     with (
         pytest.raises(EngineDeadError, match=message),
-        ServerProcess(argv, environ, lambda _: None) as server,
+        ServerProcess(argv, environ, 1, lambda _: None) as server,
     ):
         server.wait_ready(30)
         if argv[0] == "dies":
@@ -87,7 +88,7 @@ def test_server_ends_when_its_starter_is_killed(environ: dict[str, str]) -> None
 import os, time
 from fastdeploy.demo import server_process
 server_process.MODULE = "stand_in_server"
-server = server_process.ServerProcess(["serves", "0"], os.environ, lambda line: None)
+server = server_process.ServerProcess(["serves", "0"], os.environ, 1, lambda line: None)
 server.wait_ready(30)
 print(server._process.pid, flush=True)
 time.sleep(60)
@@ -110,13 +111,35 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_report_has_every_answer_and_a_table() -> None:
+def test_report_has_every_answer_and_a_table_of_both_ranks() -> None:
     answers = [Answer("first", "shown already", 5, 0.5, 2.5), Answer("你好", "one\n\ntwo\n", 11, 1.0, 3.0)]
-    lines = "\n".join(report(answers, 4.0))
-    assert "shown already" not in lines
-    assert "[2] 你好\n    one\n    two\n    (11 tokens, the first after 1.00 s, then 5.0 tokens/s)" in lines
-    assert " [1]      5       0.50 s       2.0   first\n [2]     11       1.00 s       5.0   你好" in lines
-    assert "2 requests at once: 16 tokens in 4.0 s, 4.0 tokens/s together" in lines
+    others = [Answer("first", "something else", 5, 0.75, 2.75), Answer("你好", "one\n\ntwo\n", 11, 2.0, 4.0)]
+    lines = report([answers, others], 4.0)
+    text = "\n".join(lines)
+    assert "shown already" not in text
+    assert "[2] 你好\n    one\n    two\n    (11 tokens, the first after 1.00 s, then 5.0 tokens/s)" in text
+    table = [line.split() for line in lines if line.startswith(" [")]
+    assert table == [
+        ["[1]", "5", "0.50", "s", "2.0", "0.75", "s", "2.0", "first"],
+        ["[2]", "11", "1.00", "s", "5.0", "2.00", "s", "5.0", "你好"],
+    ]
+    assert "4 requests at once: 32 tokens in 4.0 s, 8.0 tokens/s together" in text
+    assert "1 of 2 answers are the same text on all 2 ranks" in text
+
+
+def test_load_table_is_read_from_metrics() -> None:
+    text = """
+fastdeploy:prompt_tokens_total 17.0
+fastdeploy:generation_tokens_total 32.0
+fastdeploy:dp_rank_running_tokens{dp_rank="0"} 5.0
+fastdeploy:expert_tokens_total{expert="2"} 30.0
+fastdeploy:expert_tokens_total{expert="3"} 10.0
+"""
+    load = parse_rank_load(text)
+    assert load == RankLoad(17, 32, {2: 30, 3: 10})
+    table = "\n".join(load_table([load, RankLoad(1, 2, {0: 60})]))
+    assert "rank 0      17         32   2: 30%  3: 10%" in table
+    assert "rank 1       1          2   0: 60%" in table
 
 
 def test_rate_of_a_single_token_is_zero() -> None:
