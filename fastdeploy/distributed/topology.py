@@ -5,7 +5,6 @@ Ranks are numbered over all machines, those of a replica side by side: number = 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 

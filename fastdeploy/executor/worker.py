@@ -8,17 +8,19 @@ import os
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from fastdeploy.errors import FastDeployError
+from fastdeploy.errors import ConfigError, EngineStartError, FastDeployError
 from fastdeploy.observability.logs import setup_logging
 from fastdeploy.wire.child import receive_boot
 from fastdeploy.wire.messages import (
+    GroupStore,
+    JoinGroup,
     LoadProgress,
     RankAlive,
     RankBoot,
@@ -27,9 +29,14 @@ from fastdeploy.wire.messages import (
     RankFailed,
     RankReady,
     StepPlan,
+    Stop,
 )
 
+if TYPE_CHECKING:
+    from fastdeploy.runner.model_runner import ModelRunner
+
 _HEARTBEAT_S = 1.0
+_MEETING_PATIENCE_S = 600.0
 
 log = logging.getLogger("fastdeploy.rank")
 _decode = msgspec.msgpack.Decoder(RankCommand).decode
@@ -57,9 +64,9 @@ class CoreLink:
         except OSError:
             os._exit(0)
 
-    def receive(self) -> RankCommand:
-        """The next command."""
-        return self._commands.get()
+    def receive(self, patience_s: float | None = None) -> RankCommand:
+        """The next command; raises queue.Empty when none comes in time."""
+        return self._commands.get(timeout=patience_s)
 
     def has_more(self) -> bool:
         """Whether a command is waiting."""
@@ -94,31 +101,127 @@ def main() -> None:
 def _serve(boot: RankBoot, link: CoreLink) -> None:
     import torch
 
+    from fastdeploy.distributed import groups, topology
     from fastdeploy.runner.build import build_runner
 
-    if boot.config.n_threads is not None:
-        torch.set_num_threads(boot.config.n_threads)
+    config, parallel = boot.config, boot.config.parallel
+    if config.n_threads is not None:
+        torch.set_num_threads(config.n_threads)
+    if config.model.device == "cuda":
+        _take_gpu(topology.local_device(parallel, boot.number), boot.number)
     started = time.monotonic()
     report = _progress_reporter(link)
-    runner, stages_s = build_runner(boot.config, report)
+    store = None
+    where = topology.position(parallel, boot.number)
+    if where.group_size > 1 and where.group_rank == 0:
+        store, host, port = groups.open_store(parallel, boot.number)
+        link.send(GroupStore(host, port))
+
+    def join() -> groups.Group:
+        meeting = _wait_for_meeting(link, boot.number, report)
+        device = torch.device(config.model.device)
+        return groups.join(
+            parallel,
+            boot.number,
+            device,
+            meeting.host,
+            meeting.port,
+            store,
+            on_wait=lambda n_came, n_ranks: report("group", n_came, n_ranks, "ranks"),
+        )
+
+    exchange = os.environ.get("FD_ALL_TO_ALL") or None
+    runner, stages_s = build_runner(config, report, number=boot.number, join=join, exchange=exchange)
+    warm_s = time.monotonic()
+    runner.warm_up()
     stages_s = {"torch": round(started - _process_start_s(), 2), **stages_s}
+    if config.model.device == "cuda":
+        stages_s["warm-up"] = round(time.monotonic() - warm_s, 2)
     link.send(RankReady(runner.n_pages, runner.kv_bytes, runner.weight_bytes, stages_s))
-    threading.Thread(target=_beat, args=(link, runner.layers_done), name="heartbeat", daemon=True).start()
-    # A plan that is already here is launched before the previous one's result is waited for.
-    pending: deque[Callable[[], RankEvent]] = deque()
+    threading.Thread(target=_beat, args=(link, runner), name="heartbeat", daemon=True).start()
+    _run_steps(runner, link, config.model.device == "cuda")
+
+
+def _run_steps(runner: ModelRunner, link: CoreLink, on_gpu: bool) -> None:
+    """Launch plans as they come, until something else comes. A GPU computes by itself: there a thread waits for it."""
+    answers = _Answers(link) if on_gpu else None
     while True:
-        if not pending or (len(pending) < 2 and link.has_more()):
-            command = link.receive()
-            if not isinstance(command, StepPlan):
-                return
-            pending.append(runner.launch(command))
+        while (answers is None or answers.idle) and not link.has_more() and runner.use_idle_time():
+            continue
+        command = link.receive()
+        if not isinstance(command, StepPlan):
+            return
+        if answers is not None:
+            answers.put(runner.launch(command))
         else:
-            link.send(pending.popleft()())
+            link.send(runner.launch(command)())
 
 
-def _beat(link: CoreLink, layers_done: Callable[[], int]) -> None:
+class _Answers:
+    """Waits for launched steps, in order, in a thread, so that the next one can be launched meanwhile."""
+
+    def __init__(self, link: CoreLink) -> None:
+        self._link = link
+        self._launched: queue.SimpleQueue[Callable[[], RankEvent]] = queue.SimpleQueue()
+        self._n_launched = 0  # written by the one thread, `_n_sent` by the other
+        self._n_sent = 0
+        threading.Thread(target=self._send_all, name="answers", daemon=True).start()
+
+    @property
+    def idle(self) -> bool:
+        """Whether the device has nothing to do."""
+        return self._n_launched == self._n_sent
+
+    def put(self, result: Callable[[], RankEvent]) -> None:
+        """A step was launched; `result` waits for it."""
+        self._n_launched += 1
+        self._launched.put(result)
+
+    def _send_all(self) -> None:
+        try:
+            while True:
+                self._link.send(self._launched.get()())
+                self._n_sent += 1
+        except Exception as error:
+            log.exception("rank failed")
+            self._link.send(RankFailed("EngineDeadError", f"{type(error).__name__}: {error}"))
+
+
+def _take_gpu(index: int, number: int) -> None:
+    """Compute on this machine's GPU `index` from here on."""
+    import torch
+
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {number} needs GPU {index} of its machine, which shows {torch.cuda.device_count()}; check "
+            f"nvidia-smi and CUDA_VISIBLE_DEVICES, or lower --tensor-parallel-size x --data-parallel-size"
+        )
+    torch.cuda.set_device(index)
+
+
+def _wait_for_meeting(link: CoreLink, number: int, report: Callable[[str, int, int, str], None]) -> JoinGroup:
+    """Where the ranks of the group meet, which the core says as soon as it knows."""
+    deadline_s = time.monotonic() + _MEETING_PATIENCE_S
+    while time.monotonic() < deadline_s:
+        try:
+            command = link.receive(1.0)
+        except queue.Empty:
+            report("group", 0, 0, "ranks")
+            continue
+        if isinstance(command, JoinGroup):
+            return command
+        if isinstance(command, Stop):
+            raise EngineStartError(f"rank {number}: stopped before its group met")
+        raise EngineStartError(f"rank {number}: got a {type(command).__name__} before its group met")
+    raise EngineStartError(
+        f"rank {number}: waited {_MEETING_PATIENCE_S:.0f} s to hear where the ranks of its group meet; the first of "
+        f"them did not start: see the log of rank 0"
+    )
+
+
+def _beat(link: CoreLink, runner: ModelRunner) -> None:
     while True:
-        link.send(RankAlive(layers_done()))
+        link.send(RankAlive(runner.layers_done(), runner.rows_of_experts()))
         time.sleep(_HEARTBEAT_S)
 
 

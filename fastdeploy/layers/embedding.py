@@ -1,4 +1,4 @@
-"""Token embedding and the output head, which may share one matrix."""
+"""Token embedding and the output head, which may share one matrix; tensor ranks hold runs of the vocabulary."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastdeploy.distributed.sharding import Cut, CutWeights
+from fastdeploy.distributed.topology import run_of
 from fastdeploy.layers.linear import Linear
 from fastdeploy.layers.placement import Placement
 from fastdeploy.models.weights import WeightSource
+
+
+def _local_rows(n_rows: int, place: Placement) -> tuple[int, int]:
+    """(first, number) of the rows of this rank."""
+    where = place.peers.where
+    return run_of(n_rows, where.n_tensor, where.tensor_rank)
 
 
 class Embedding(nn.Module):
@@ -19,15 +27,22 @@ class Embedding(nn.Module):
         self.n_rows = n_rows
         self.size = size
         self.place = place
+        self.first_row, self.n_local = _local_rows(n_rows, place)
         self.table_VH: Tensor | None = None
 
     def forward(self, ids_t: Tensor) -> Tensor:
         assert self.table_VH is not None, "forward before load"
-        return functional.embedding(ids_t, self.table_VH).to(self.place.dtype)
+        if self.n_local == self.n_rows:
+            return functional.embedding(ids_t, self.table_VH).to(self.place.dtype)
+        local_t = ids_t - self.first_row
+        elsewhere_t = (local_t < 0) | (local_t >= self.n_local)
+        x_tH = functional.embedding(local_t.masked_fill_(elsewhere_t, 0), self.table_VH).to(self.place.dtype)
+        return self.place.peers.all_reduce_sum(x_tH.masked_fill(elsewhere_t[:, None], 0))
 
     def load(self, weights: WeightSource, name: str) -> None:
-        """Fill from `NAME.weight`, [V, H]."""
-        stored_VH = weights.require(f"{name}.weight", (self.n_rows, self.size)).read()
+        """Fill from this rank's rows of `NAME.weight`, [V, H]."""
+        mine = CutWeights(weights, {name.rpartition(".")[2]: Cut(0, self.first_row, self.n_rows)})
+        stored_VH = mine.require(f"{name}.weight", (self.n_local, self.size)).read()
         # On a CPU the table is only looked up, so half-precision rows stay small; a GPU also multiplies with it.
         dtype = (
             stored_VH.dtype if self.place.device.type == "cpu" and stored_VH.dtype.itemsize == 2 else self.place.dtype
@@ -41,20 +56,27 @@ class Embedding(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """Hidden states to float32 logits; `tied` shares the embedding's matrix where it can be multiplied with."""
+    """Hidden states to logits, in their dtype; `tied` shares the embedding's matrix where it can be multiplied with.
+
+    Every tensor rank gets the logits of the whole vocabulary, so that all sample the same token.
+    """
 
     def __init__(self, n_rows: int, size: int, place: Placement) -> None:
         super().__init__()
-        self.linear = Linear(size, (n_rows,), place)
+        self.n_rows = n_rows
+        self.place = place
+        self.first_row, n_local = _local_rows(n_rows, place)
+        self.linear = Linear(size, (n_local,), place)
 
     def forward(self, x_rH: Tensor) -> Tensor:
-        return self.linear(x_rH).float()  # type: ignore[no-any-return]
+        return self.place.peers.gather_columns(self.linear(x_rH), self.n_rows)
 
     def load(self, weights: WeightSource, name: str) -> None:
-        """Fill from `NAME.weight`, [V, H]."""
-        self.linear.load(weights, (name,))
+        """Fill from this rank's rows of `NAME.weight`, [V, H]."""
+        mine = CutWeights(weights, {name.rpartition(".")[2]: Cut(0, self.first_row, self.n_rows)})
+        self.linear.load(mine, (name,))
 
     def tie(self, embedding: Embedding) -> None:
         """Use the embedding's matrix; on a CPU as a packed copy."""
         assert embedding.table_VH is not None, "tie before load"
-        self.linear.set_weight(embedding.table_VH.to(self.linear.place.dtype))
+        self.linear.set_weight(embedding.table_VH)

@@ -20,7 +20,32 @@ class RMSNorm(nn.Module):
         self.weight = torch.empty(size, dtype=place.dtype, device=place.device)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            # Triton is there on GPUs only.
+            from fastdeploy.kernels.rms_norm import rms_norm
+
+            return rms_norm(x, self.weight, self.eps)
         return functional.rms_norm(x, (self.size,), self.weight, self.eps)
+
+    def add(self, x_tH: Tensor, residual_tH: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual), on a GPU in one pass; without a residual (norm(x), x)."""
+        if residual_tH is None:
+            return self(x_tH), x_tH
+        if x_tH.is_cuda:
+            from fastdeploy.kernels.rms_norm import add_rms_norm
+
+            return add_rms_norm(x_tH, residual_tH, self.weight, self.eps)
+        sum_tH = x_tH + residual_tH
+        return functional.rms_norm(sum_tH, (self.size,), self.weight, self.eps), sum_tH
+
+    def in_place(self, x_thd: Tensor) -> None:
+        """Norm each head of [t, h, D], which may be some of the heads of a larger tensor."""
+        if x_thd.is_cuda:
+            from fastdeploy.kernels.rms_norm import rms_norm_
+
+            rms_norm_(x_thd, self.weight, self.eps)
+        else:
+            x_thd.copy_(self(x_thd))
 
     def load(self, weights: WeightSource, name: str) -> None:
         """Fill from `NAME.weight`, [size]."""

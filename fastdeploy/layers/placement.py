@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from fastdeploy.distributed.collectives import Peers
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Dtype of weights and activations, and their device."""
+    """Dtype of weights and activations, their device, and the ranks that hold the other parts of the layers."""
 
     dtype: torch.dtype
     device: torch.device
+    peers: Peers = field(default_factory=Peers)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from fastdeploy.config.schema import ModelShape
 from fastdeploy.layers.attention.base import AttentionBackend
 from fastdeploy.layers.attention.layer import GroupedQueryAttention
 from fastdeploy.layers.embedding import Embedding, OutputHead
-from fastdeploy.layers.linear import Linear
-from fastdeploy.layers.mlp import GatedMLP
+from fastdeploy.layers.mlp import DenseFFN
 from fastdeploy.layers.moe.layer import SparseMoE
 from fastdeploy.layers.norm import RMSNorm
 from fastdeploy.layers.placement import Placement
@@ -19,11 +20,20 @@ from fastdeploy.models.weights import WeightSource
 from fastdeploy.runner.step import StepContext
 
 
+@runtime_checkable
+class _Weighty(Protocol):
+    """A layer that holds weights itself."""
+
+    def n_bytes(self) -> int:
+        """Bytes of its weights."""
+        ...
+
+
 class ResidualBlock(nn.Module):
     """x += attention(norm(x)); x += ffn(norm(x)), both norms RMSNorm before the sub-layer."""
 
     def __init__(
-        self, shape: ModelShape, attention: GroupedQueryAttention, ffn: GatedMLP | SparseMoE, place: Placement
+        self, shape: ModelShape, attention: GroupedQueryAttention, ffn: DenseFFN | SparseMoE, place: Placement
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(shape.hidden_size, shape.norm_eps, place)
@@ -31,9 +41,14 @@ class ResidualBlock(nn.Module):
         self.ffn_norm = RMSNorm(shape.hidden_size, shape.norm_eps, place)
         self.ffn = ffn
 
-    def forward(self, x_tH: Tensor, step: StepContext) -> Tensor:
-        x_tH = x_tH + self.attention(self.attention_norm(x_tH), step)
-        return x_tH + self.ffn(self.ffn_norm(x_tH))  # type: ignore[no-any-return]
+    def forward(self, y_tH: Tensor, x_tH: Tensor | None, step: StepContext) -> tuple[Tensor, Tensor]:
+        """From (what the sub-layer before gave, what it is to be added to) to the same of this block.
+
+        The addition is left to the next norm, which is one pass with it on a GPU. None is zero.
+        """
+        normed_tH, x_tH = self.attention_norm.add(y_tH, x_tH)
+        normed_tH, x_tH = self.ffn_norm.add(self.attention(normed_tH, step), x_tH)
+        return self.ffn(normed_tH, step), x_tH
 
     def load(self, weights: WeightSource, name: str) -> None:
         """Fill from the tensors under `NAME`."""
@@ -46,7 +61,7 @@ class ResidualBlock(nn.Module):
 def dense_block(shape: ModelShape, layer: int, backend: AttentionBackend, place: Placement) -> ResidualBlock:
     """A block whose FFN every token passes whole."""
     attention = GroupedQueryAttention(shape, layer, backend, place)
-    ffn = GatedMLP(shape.hidden_size, shape.ffn_width, place, bias=shape.mlp_bias)
+    ffn = DenseFFN(shape.hidden_size, shape.ffn_width, place, bias=shape.mlp_bias)
     return ResidualBlock(shape, attention, ffn, place)
 
 
@@ -71,19 +86,35 @@ class Decoder(nn.Module):
 
     def forward(self, ids_t: Tensor, step: StepContext) -> Tensor:
         """Final hidden states [t, H] of tokens ids [t]."""
-        x_tH: Tensor = self.embed(ids_t)
+        y_tH: Tensor = self.embed(ids_t)
+        x_tH: Tensor | None = None
         for layer in self.layers:
-            x_tH = layer(x_tH, step)
-        return x_tH
+            y_tH, x_tH = layer(y_tH, x_tH, step)
+        return y_tH if x_tH is None else x_tH + y_tH
 
     def logits(self, x_rH: Tensor) -> Tensor:
-        """float32 logits [r, V] of the rows chosen from what `forward` returned."""
+        """Logits [r, V], in the dtype of the rows, of those chosen from what `forward` returned."""
         logits_rV: Tensor = self.head(self.norm(x_rH))
         return logits_rV
 
     def n_bytes(self) -> int:
         """Bytes of all weights."""
-        return sum(module.n_bytes() for module in self.modules() if isinstance(module, (Embedding, Linear)))
+        parts = (module for child in self.children() for module in child.modules())
+        return sum(part.n_bytes() for part in parts if isinstance(part, _Weighty))
+
+    def sparse_layers(self) -> list[SparseMoE]:
+        """The layers with experts, in order."""
+        return [module for module in self.modules() if isinstance(module, SparseMoE)]
+
+    def count_expert_loads(self) -> None:
+        """From now on count the rows that go to each expert of this rank."""
+        for layer in self.sparse_layers():
+            layer.count_loads()
+
+    def expert_loads(self) -> Tensor:
+        """int64 [sparse layer, local expert]: rows of all ranks that went to each expert here since counting began."""
+        loads = [layer.load_e[:-1] for layer in self.sparse_layers() if layer.load_e is not None]
+        return torch.stack(loads) if loads else torch.zeros(0, 0, dtype=torch.int64)
 
     def load(self, weights: WeightSource, on_layer: Callable[[int], None] = lambda _: None) -> None:
         """Fill all weights; `on_layer(n)` is called when n layers are done."""

@@ -1,16 +1,22 @@
-"""From a configuration to a runner that is ready: weights, then pages."""
+"""From a configuration to a runner that is ready: weights, then the other ranks, then pages."""
 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from fastdeploy.config.schema import EngineConfig
-from fastdeploy.layers.attention.base import AttentionShape, make_attention
+from fastdeploy.config.schema import EngineConfig, ModelShape
+from fastdeploy.distributed import topology
+from fastdeploy.distributed.all_to_all.base import ExpertRows, exchange_name, make_all_to_all
+from fastdeploy.distributed.collectives import Peers, make_collectives
+from fastdeploy.distributed.groups import Group
+from fastdeploy.distributed.topology import Position
+from fastdeploy.layers.attention.base import AttentionShape, backend_for, make_attention
 from fastdeploy.layers.placement import Placement
 from fastdeploy.models.checkpoint import Checkpoint
 from fastdeploy.models.decoder import Decoder
@@ -20,46 +26,79 @@ from fastdeploy.runner.kv_memory import choose_n_pages, free_bytes, total_bytes
 from fastdeploy.runner.model_runner import ModelRunner
 
 log = logging.getLogger("fastdeploy.weights")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _N_SHOWN = 5  # names of unused tensors in one warning
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, unit
 
 
 @torch.inference_mode()
-def build_runner(config: EngineConfig, report: Report = lambda *_: None) -> tuple[ModelRunner, dict[str, float]]:
-    """The runner of one rank, and the seconds that each stage took.
+def build_runner(
+    config: EngineConfig,
+    report: Report = lambda *_: None,
+    *,
+    number: int | None = None,
+    join: Callable[[], Group] | None = None,
+    exchange: str | None = None,
+) -> tuple[ModelRunner, dict[str, float]]:
+    """The runner of rank `number` (by default the first of its replica), and the seconds that each stage took.
 
-    Raises CheckpointError for unusable weights and ConfigError when pages do not fit into memory.
+    `join` is called once the weights are there; a rank by itself needs none. `exchange` names how rows reach experts on
+    other ranks, see `exchange_name`. Raises CheckpointError for unusable weights, ConfigError when pages do not fit
+    into memory, EngineStartError when another rank does not come.
     """
-    shape = config.model.shape
-    place = Placement(getattr(torch, config.model.dtype), torch.device(config.model.device))
+    shape, parallel = config.model.shape, config.parallel
+    where = topology.position(parallel, parallel.data_rank * parallel.tensor if number is None else number)
+    peers = Peers(where)
+    place = Placement(getattr(torch, config.model.dtype), torch.device(config.model.device), peers)
     heads = AttentionShape(
         n_layers=shape.n_layers,
-        n_heads=shape.n_heads,
-        n_kv_heads=shape.n_kv_heads,
+        n_heads=shape.n_heads // where.n_tensor,
+        n_kv_heads=topology.local_kv_heads(shape.n_kv_heads, where)[1],
         head_dim=shape.head_dim,
         page_tokens=config.cache.page_tokens,
     )
     started = time.monotonic()
-    backend = make_attention("torch", heads, place.dtype, place.device)
+    backend = make_attention(backend_for(place.device), heads, place.dtype, place.device)
     model = build_model(shape, backend, place)
-    _load(model, config, lambda n_done: report("weights", n_done, shape.n_layers, "layers"))
+    _load(model, config, where, lambda n_done: report("weights", n_done, shape.n_layers, "layers"))
+    if place.device.type == "cpu":  # on a GPU counting would be one more kernel in every layer
+        model.count_expert_loads()
     loaded = time.monotonic()
-    n_free, n_total = free_bytes(place.device), total_bytes(place.device)
+    if where.group_size > 1:
+        assert join is not None, "a rank with others needs a way to join them"
+        _connect(peers, join(), shape, place.dtype, exchange)
+    joined = time.monotonic()
+    # Ranks of one machine share its memory, but each has a GPU of its own.
+    n_sharing = topology.ranks_per_host(parallel) if place.device.type == "cpu" else 1
+    n_free, n_total = free_bytes(place.device) // n_sharing, total_bytes(place.device) // n_sharing
     n_pages = choose_n_pages(config, backend.page_bytes(), n_free, n_total)
     runner = ModelRunner(config, model, backend, n_pages)
-    return runner, {"weights": round(loaded - started, 2), "pages": round(time.monotonic() - loaded, 2)}
+    stages_s = {"weights": loaded - started, "group": joined - loaded, "pages": time.monotonic() - joined}
+    if where.group_size == 1:
+        del stages_s["group"]
+    return runner, {stage: round(seconds, 2) for stage, seconds in stages_s.items()}
 
 
-def _load(model: Decoder, config: EngineConfig, on_layer: Callable[[int], None]) -> None:
+def _connect(peers: Peers, group: Group, shape: ModelShape, dtype: torch.dtype, exchange: str | None) -> None:
+    all_to_all = None
+    if peers.where.spreads_experts and shape.moe is not None:
+        rows = ExpertRows(shape.moe.n_experts, shape.moe.n_experts_per_token, shape.hidden_size, dtype)
+        all_to_all = make_all_to_all(exchange_name(group, exchange), group, rows)
+    peers.connect(make_collectives(group), all_to_all)
+
+
+def _load(model: Decoder, config: EngineConfig, where: Position, on_layer: Callable[[int], None]) -> None:
     if config.model.random_weights:
         model.load(RandomWeights(config.model.shape.n_layers, config.model.seed), on_layer)
         return
     checkpoint = Checkpoint.open(Path(config.model.path))
     weights = Noted(checkpoint)
     model.load(weights, on_layer)
-    unused = checkpoint.unused(weights.names)
-    if unused:
+    # What this rank has of sharded layers tells of the others: all experts have the same tensors.
+    experts = {_EXPERT.sub(".experts.*.", name) for name in weights.names}
+    unused = [name for name in checkpoint.unused(weights.names) if _EXPERT.sub(".experts.*.", name) not in experts]
+    if unused and where.number == 0:
         shown = ", ".join(unused[:_N_SHOWN]) + (", ..." if len(unused) > _N_SHOWN else "")
         log.warning(
             "%s: %d tensors are not used by %s: %s",

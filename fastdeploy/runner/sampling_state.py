@@ -173,6 +173,12 @@ class Layout:
     all_random: bool
     logprobs: LogprobRows | None
 
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether every row just takes its most likely token, and nobody wants to know more."""
+        stages = (self.bias, self.bans, self.penalties, self.random, self.logprobs)
+        return all(stage is None for stage in stages)
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:

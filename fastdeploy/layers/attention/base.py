@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,6 +39,20 @@ class BatchLayout:
     slot_t: NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """One new token of each of s sequences, in tensors that stay where they are while a CUDA graph is replayed.
+
+    table_row_s: row of each sequence in `page_table` (int32 [rows, pages]); n_context_s: int32, tokens with the new
+    one; slot_t: integers, where the new k and v go, below 0 where they are not to be kept.
+    """
+
+    page_table: Tensor
+    table_row_s: Tensor
+    n_context_s: Tensor
+    slot_t: Tensor
+
+
 class AttentionBackend(Protocol):
     """Causal attention of a step's new tokens over pages."""
 
@@ -59,7 +73,21 @@ class AttentionBackend(Protocol):
         ...
 
 
-BACKENDS = {"torch": "torch_ref:TorchAttention"}
+@runtime_checkable
+class GraphAttentionBackend(AttentionBackend, Protocol):
+    """A backend whose decode steps may be captured into a CUDA graph."""
+
+    def prepare_decode(self, batch: DecodeBatch) -> Any:
+        """What `prepare` gives, for a batch whose contents change between replays; nothing is copied or waited for."""
+        ...
+
+
+BACKENDS = {"torch": "torch_ref:TorchAttention", "triton": "triton:TritonAttention"}
+
+
+def backend_for(device: torch.device) -> str:
+    """The name of the fastest backend on that device."""
+    return "triton" if device.type == "cuda" else "torch"
 
 
 def make_attention(name: str, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> AttentionBackend:

@@ -1,8 +1,9 @@
 """Paged attention in plain torch: the reference of every other backend, and the CPU path.
 
-Pages are [n_pages, page_tokens, 2 * kv heads, D], keys before values, so that one copy stores a step's keys and
-values and one gather fetches a sequence's. Sequences with one new token (decode) are attended together, padded to the
-longest of their group; groups are cut so that padding stays small. Longer chunks (prefill) go one by one.
+Pages are [n_pages, 2 * kv heads, page_tokens, D], keys before values: a head's tokens lie one after the other, and one
+gather fetches a sequence's keys and values by head. Longer chunks (prefill) go one by one. Sequences with one new token
+(decode) are attended by the C kernel that reads pages in place, where there is one; elsewhere together, padded to the
+longest of their group, in groups cut so that padding stays small.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from fastdeploy.kernels.cpu.attention import DecodeBatch, PagedDecode
+from fastdeploy.kernels.cpu.library import CpuKernels, kernels_for
 from fastdeploy.layers.attention.base import AttentionShape, BatchLayout
 from fastdeploy.layers.rotary import rotate_
 from fastdeploy.runner.step import StepContext
@@ -27,7 +30,7 @@ _QUERY_BLOCK = 512  # rows of one prefill mask, which bounds its memory
 @dataclass(frozen=True, slots=True)
 class _DecodeGroup:
     rows_s: Tensor  # rows of this group's tokens among the step's tokens
-    pages: Tensor  # [s * pages of the longest], row by row
+    runs: Tensor  # [s * 2 kv heads * pages of the longest], as `_runs` numbers them
     mask_s11C: Tensor  # 0 where a key counts, -inf where it is padding
 
 
@@ -36,14 +39,18 @@ class _Prefill:
     first: int
     n_new: int
     n_context: int
-    pages: Tensor
+    runs: Tensor  # [2 kv heads * pages]
 
 
 @dataclass(frozen=True, slots=True)
 class TorchAttentionPlan:
-    """Where keys and values go, and the batch cut into decode groups and prefill chunks."""
+    """Where keys and values go, and the batch cut into decode groups and prefill chunks.
 
-    slot_t: Tensor
+    `in_place` has the sequences with one new token where the C kernel attends them; `decodes` is empty then.
+    """
+
+    slot_x: Tensor  # [t * 2 kv heads], places among all vectors of D numbers
+    in_place: DecodeBatch | None
     decodes: list[_DecodeGroup]
     prefills: list[_Prefill]
 
@@ -55,11 +62,12 @@ class TorchAttention:
         self.shape = shape
         self.dtype = dtype
         self.device = device
+        self.decode = _paged_decode(shape, kernels_for(device, dtype))
 
     def allocate(self, n_pages: int) -> list[Tensor]:
         """Zeroed pages, because a masked NaN would still spoil a sum."""
         s = self.shape
-        size = (n_pages, s.page_tokens, 2 * s.n_kv_heads, s.head_dim)
+        size = (n_pages, 2 * s.n_kv_heads, s.page_tokens, s.head_dim)
         if self.device.type != "cpu":
             return [torch.zeros(size, dtype=self.dtype, device=self.device) for _ in range(s.n_layers)]
         # numpy asks the system for zeroed memory, which costs nothing until a page is first touched.
@@ -78,23 +86,39 @@ class TorchAttention:
                 int(first_s[i]),
                 int(batch.n_new_s[i]),
                 int(batch.n_context_s[i]),
-                self._tensor(batch.page_table_sp[i, : n_pages_s[i]]),
+                self._tensor(self._runs(batch.page_table_sp[i, : n_pages_s[i]]).ravel()),
             )
             for i in np.flatnonzero(batch.n_new_s > 1)
         ]
-        decodes = [self._decode_group(batch, first_s, n_pages_s, group) for group in _groups(batch.n_new_s, n_pages_s)]
-        return TorchAttentionPlan(self._tensor(batch.slot_t), decodes, prefills)
+        page_t, offset_t = np.divmod(batch.slot_t, self.shape.page_tokens)
+        slot_x = self._tensor((self._runs(page_t[:, None]) * self.shape.page_tokens + offset_t[:, None, None]).ravel())
+        if self.decode is None:
+            groups = _groups(batch.n_new_s, n_pages_s)
+            decodes = [self._decode_group(batch, first_s, n_pages_s, group) for group in groups]
+            return TorchAttentionPlan(slot_x, None, decodes, prefills)
+        in_place, one_s = None, np.flatnonzero(batch.n_new_s == 1)
+        if len(one_s):
+            in_place = self.decode.prepare(batch.page_table_sp[one_s], batch.n_context_s[one_s], first_s[one_s])
+        return TorchAttentionPlan(slot_x, in_place, [], prefills)
 
     def attend(self, qkv_thd: Tensor, layer: int, step: StepContext) -> Tensor:
         s, plan, pages = self.shape, step.attention, step.pages_l[layer]
         assert isinstance(plan, TorchAttentionPlan)
+        out_tX = None
+        if plan.in_place is not None and self.decode is not None:
+            qkv_thd, rotation_td = qkv_thd.contiguous(), step.rotation_td.contiguous()
+            out_tX = qkv_thd.new_empty(qkv_thd.shape[0], s.n_heads * s.head_dim)
+            self.decode(plan.in_place, qkv_thd, rotation_td, pages, out_tX)
+            if not plan.prefills:
+                return out_tX
         n_qk = s.n_heads + s.n_kv_heads
         rotate_(qkv_thd[:, :n_qk], step.rotation_td)
-        pages.view(-1, 2 * s.n_kv_heads, s.head_dim).index_copy_(0, plan.slot_t, qkv_thd[:, s.n_heads :])
+        pages.view(-1, s.head_dim).index_copy_(0, plan.slot_x, qkv_thd[:, s.n_heads :].reshape(-1, s.head_dim))
         q_thd = qkv_thd[:, : s.n_heads]
         if len(plan.decodes) == 1 and not plan.prefills:
             return self._decode(q_thd, pages, plan.decodes[0])
-        out_tX = qkv_thd.new_empty(qkv_thd.shape[0], s.n_heads * s.head_dim)
+        if out_tX is None:
+            out_tX = qkv_thd.new_empty(qkv_thd.shape[0], s.n_heads * s.head_dim)
         for group in plan.decodes:
             out_tX[group.rows_s] = self._decode(q_thd[group.rows_s], pages, group)
         for chunk in plan.prefills:
@@ -106,16 +130,16 @@ class TorchAttention:
         """One query each: the query heads that share a key head take the place of query positions."""
         s = self.shape
         n = q_shd.shape[0]
-        kv_sChd = pages.index_select(0, group.pages).view(n, -1, 2 * s.n_kv_heads, s.head_dim)
-        k_shCd, v_shCd = kv_sChd.transpose(1, 2).split(s.n_kv_heads, dim=1)
+        kv_shCd = self._gather(pages, group.runs).view(n, 2 * s.n_kv_heads, -1, s.head_dim)
+        k_shCd, v_shCd = kv_shCd.split(s.n_kv_heads, dim=1)
         q_shgd = q_shd.reshape(n, s.n_kv_heads, -1, s.head_dim)
         out_shgd = functional.scaled_dot_product_attention(q_shgd, k_shCd, v_shCd, attn_mask=group.mask_s11C)
         return out_shgd.reshape(n, -1)
 
     def _prefill(self, q_thd: Tensor, pages: Tensor, chunk: _Prefill) -> Tensor:
         s = self.shape
-        kv_Chd = pages.index_select(0, chunk.pages).view(-1, 2 * s.n_kv_heads, s.head_dim)[: chunk.n_context]
-        k_hCd, v_hCd = kv_Chd.transpose(0, 1).split(s.n_kv_heads, dim=0)
+        kv_hCd = self._gather(pages, chunk.runs).view(2 * s.n_kv_heads, -1, s.head_dim)
+        k_hCd, v_hCd = kv_hCd[:, : chunk.n_context].split(s.n_kv_heads, dim=0)
         n_before = chunk.n_context - chunk.n_new
         parts = []
         for start in range(0, chunk.n_new, _QUERY_BLOCK):
@@ -138,12 +162,26 @@ class TorchAttention:
         counts_sC = np.arange(n_pages * self.shape.page_tokens) < batch.n_context_s[group, None]
         mask_s11C = torch.zeros(len(group), 1, 1, counts_sC.shape[1], dtype=self.dtype, device=self.device)
         mask_s11C.masked_fill_(~self._tensor(counts_sC)[:, None, None], -torch.inf)
-        return _DecodeGroup(self._tensor(first_s[group]), self._tensor(pages_sp.ravel()), mask_s11C)
+        return _DecodeGroup(self._tensor(first_s[group]), self._tensor(self._runs(pages_sp).ravel()), mask_s11C)
+
+    def _runs(self, pages_xp: NDArray[np.integer]) -> NDArray[np.int64]:
+        """[..., 2 kv heads, p]: a run is one head's tokens in one page, numbered through all pages."""
+        n_runs = 2 * self.shape.n_kv_heads
+        return pages_xp[..., None, :].astype(np.int64) * n_runs + np.arange(n_runs)[:, None]
+
+    def _gather(self, pages: Tensor, runs: Tensor) -> Tensor:
+        return pages.view(-1, self.shape.page_tokens * self.shape.head_dim).index_select(0, runs)
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         if array.dtype == np.int32:
             array = array.astype(np.int64)
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def _paged_decode(s: AttentionShape, kernels: CpuKernels | None) -> PagedDecode | None:
+    if kernels is None or not PagedDecode.supports(s.n_heads, s.n_kv_heads, s.head_dim):
+        return None
+    return PagedDecode(kernels, s.n_heads, s.n_kv_heads, s.head_dim, s.page_tokens)
 
 
 def _groups(n_new_s: NDArray[np.int32], n_pages_s: NDArray[np.int32]) -> list[NDArray[np.int64]]:

@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Protocol
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fastdeploy.layers.linear import Linear, packed_matmul_available
+from fastdeploy.layers.matmul import stored_dtype
 from fastdeploy.layers.mlp import GatedMLP
 from fastdeploy.layers.moe.gate import Routing
+from fastdeploy.layers.packed_ffn import PackedFFN, packed_ffn_available
 from fastdeploy.layers.placement import Placement
 from fastdeploy.models.weights import WeightSource
+
+if TYPE_CHECKING:
+    from fastdeploy.layers.moe.fused_experts import FusedExperts
 
 # Between these row counts a CPU of two cores computed the demo model's experts faster all at once; one row reads only
 # the experts it needs, and many rows pay for the products with zero. Found by trying 1, 4, 16, 64 and 512 rows.
 _MIN_ROWS_AT_ONCE, _MAX_ROWS_AT_ONCE = 2, 40
 _MAX_BYTES_AT_ONCE = 16 << 20
+
+
+class LocalExperts(Protocol):
+    """The experts that one rank holds: a contiguous run of all, which `routing` counts from 0.
+
+    `n_local` stands in `routing` for an expert of another rank: a row without any local expert gives zero.
+    """
+
+    def __call__(self, x_rH: Tensor, routing: Routing) -> Tensor:
+        """Sum over a row's local experts of weight times FFN; [r, H]."""
+        ...
+
+    def load(self, weights: WeightSource, name: str, first_expert: int) -> None:
+        """Fill from `NAME.J.{gate,up,down}_proj.weight`, J from `first_expert` on."""
+        ...
+
+
+def make_experts(n_local: int, hidden_size: int, width: int, place: Placement) -> LocalExperts:
+    """`n_local` experts of `width`, as fits the device."""
+    if place.device.type == "cuda":
+        return fuse_experts(n_local, hidden_size, width, place)
+    if packed_ffn_available(place):
+        return PackedFFN(n_local, hidden_size, width, place)
+    return Experts(n_local, hidden_size, width, place)
+
+
+def fuse_experts(n_local: int, hidden_size: int, width: int, place: Placement, shared_width: int = 0) -> FusedExperts:
+    """Experts of a GPU, on which a shared FFN of `shared_width` is computed along with them."""
+    # Triton is there on GPUs only.
+    from fastdeploy.layers.moe.fused_experts import FusedExperts
+
+    return FusedExperts(n_local, hidden_size, width, place, shared_width=shared_width)
 
 
 class Experts(nn.Module):
@@ -35,14 +74,15 @@ class Experts(nn.Module):
             self.at_once = _AllAtOnce(n_experts, hidden_size, width, place)
 
     def forward(self, x_tH: Tensor, routing: Routing) -> Tensor:
-        """Sum over a token's experts of weight times FFN; [t, H]."""
+        """See LocalExperts."""
         if self.at_once is not None and _MIN_ROWS_AT_ONCE <= x_tH.shape[0] <= _MAX_ROWS_AT_ONCE:
             at_once_tH: Tensor = self.at_once(x_tH, routing)
             return at_once_tH
         # On the host: numpy sorts a handful of ids faster than torch does.
         expert_r = routing.expert_tk.cpu().numpy().ravel()
-        order_r = torch.from_numpy(np.argsort(expert_r, kind="stable")).to(x_tH.device)
-        n_rows_e = np.bincount(expert_r, minlength=len(self.ffn_e)).tolist()
+        n_rows_e = np.bincount(expert_r, minlength=len(self.ffn_e) + 1)[:-1].tolist()
+        # Rows for experts elsewhere come last.
+        order_r = torch.from_numpy(np.argsort(expert_r, kind="stable")[: sum(n_rows_e)]).to(x_tH.device)
         token_r = order_r // routing.expert_tk.shape[1]
         x_rH = x_tH.index_select(0, token_r)
         weight_r1 = routing.weight_tk.view(-1, 1).index_select(0, order_r)
@@ -53,13 +93,13 @@ class Experts(nn.Module):
                 first += n_rows
         return torch.zeros_like(x_tH).index_add_(0, token_r, torch.cat(parts).mul_(weight_r1))
 
-    def load(self, weights: WeightSource, name: str) -> None:
-        """Fill from `NAME.J.{gate,up,down}_proj.weight`."""
+    def load(self, weights: WeightSource, name: str, first_expert: int = 0) -> None:
+        """See LocalExperts."""
         for i, ffn in enumerate(self.ffn_e):
             assert isinstance(ffn, GatedMLP)
-            ffn.load(weights, f"{name}.{i}")
+            ffn.load(weights, f"{name}.{first_expert + i}")
         if self.at_once is not None:
-            self.at_once.load(weights, name)
+            self.at_once.load(weights, name, first_expert)
 
 
 class _AllAtOnce(nn.Module):
@@ -77,17 +117,17 @@ class _AllAtOnce(nn.Module):
     def forward(self, x_tH: Tensor, routing: Routing) -> Tensor:
         n_tokens = x_tH.shape[0]
         gate_teM, up_teM = self.gate_up(x_tH).view(n_tokens, self.n_experts, 2, self.width).unbind(2)
-        weight_te = x_tH.new_zeros(n_tokens, self.n_experts).scatter_(1, routing.expert_tk, routing.weight_tk)
-        y_teM = functional.silu(gate_teM).mul_(up_teM).mul_(weight_te[:, :, None])
+        # One column more takes what goes to experts elsewhere, of which a row may have several.
+        weight_te = x_tH.new_zeros(n_tokens, self.n_experts + 1).scatter_(1, routing.expert_tk, routing.weight_tk)
+        y_teM = functional.silu(gate_teM).mul_(up_teM).mul_(weight_te[:, :-1, None])
         y_tH: Tensor = self.down(y_teM.view(n_tokens, -1))
         return y_tH
 
-    def load(self, weights: WeightSource, name: str) -> None:
-        """Fill from `NAME.J.{gate,up,down}_proj.weight`."""
-        names = [f"{name}.{i}.{part}_proj" for i in range(self.n_experts) for part in ("gate", "up")]
-        self.gate_up.load(weights, names)
-        down_HX = torch.empty(self.hidden_size, self.n_experts * self.width, dtype=self.place.dtype)
-        for i, columns_HM in enumerate(down_HX.split(self.width, dim=1)):
-            shape = (self.hidden_size, self.width)
-            columns_HM.copy_(weights.require(f"{name}.{i}.down_proj.weight", shape).read())
-        self.down.set_weight(down_HX)
+    def load(self, weights: WeightSource, name: str, first_expert: int) -> None:
+        """Fill from `NAME.J.{gate,up,down}_proj.weight`, J from `first_expert` on."""
+        experts = [f"{name}.{first_expert + i}" for i in range(self.n_experts)]
+        self.gate_up.load(weights, [f"{expert}.{part}_proj" for expert in experts for part in ("gate", "up")])
+        shape = (self.hidden_size, self.width)
+        parts = [weights.require(f"{expert}.down_proj.weight", shape).read() for expert in experts]
+        dtype = stored_dtype({part_HM.dtype for part_HM in parts}, self.place)
+        self.down.set_weight(torch.cat([part_HM.to(dtype) for part_HM in parts], dim=1))

@@ -15,7 +15,7 @@ from fastdeploy.models.weights import WeightSource
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """expert_tk: int64 [t, k] expert ids; weight_tk: [t, k] in the activations' dtype."""
+    """expert_tk: int64 [t, k] expert ids; weight_tk: [t, k] in the activations' dtype, on a GPU float32."""
 
     expert_tk: Tensor
     weight_tk: Tensor
@@ -32,9 +32,18 @@ class Gate(nn.Module):
         self.moe = moe
         gate_dtype = torch.float32 if moe.gate_in_float32 else place.dtype
         self.weight_eH = torch.empty(moe.n_experts, hidden_size, dtype=gate_dtype, device=place.device)
+        self.dtype = place.dtype
+        self.split_neH: Tensor | None = None
+        self.arrived_b: Tensor | None = None
         self.bias_e = torch.empty(moe.n_experts, device=place.device) if moe.has_correction_bias else None
 
     def forward(self, x_tH: Tensor) -> Routing:
+        if self.split_neH is not None and self.arrived_b is not None:
+            # Triton is there on GPUs only.
+            from fastdeploy.kernels.gate import choose_experts
+
+            k, norm_min = self.moe.n_experts_per_token, self.moe.norm_min if self.moe.renormalise else None
+            return Routing(*choose_experts(x_tH, self.split_neH, self.bias_e, k, norm_min, self.arrived_b))
         score_te = functional.linear(x_tH.to(self.weight_eH.dtype), self.weight_eH).softmax(-1, dtype=torch.float32)
         if self.bias_e is None:
             weight_tk, expert_tk = score_te.topk(self.moe.n_experts_per_token, dim=-1)
@@ -51,3 +60,8 @@ class Gate(nn.Module):
         if self.bias_e is not None:
             shape = (self.moe.n_experts,)
             self.bias_e.copy_(weights.require(f"{name}.e_score_correction_bias", shape).read())
+        if self.weight_eH.is_cuda:
+            from fastdeploy.kernels.gate import N_ARRIVED, split_gate_weight
+
+            self.split_neH = split_gate_weight(self.weight_eH, self.dtype)
+            self.arrived_b = torch.zeros(N_ARRIVED, dtype=torch.int32, device=self.weight_eH.device)

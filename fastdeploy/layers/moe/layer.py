@@ -1,33 +1,100 @@
-"""A sparse layer: gate, experts, and the shared expert that every token passes."""
+"""A sparse layer: gate, experts here or on all ranks, and the shared expert that every token passes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 from fastdeploy.config.schema import MoEShape
+from fastdeploy.distributed.sharding import FFNShare
+from fastdeploy.distributed.topology import cut_into_pieces, local_experts, rows_to_dispatch, run_of
 from fastdeploy.layers.mlp import GatedMLP
-from fastdeploy.layers.moe.experts import Experts
-from fastdeploy.layers.moe.gate import Gate
+from fastdeploy.layers.moe.experts import LocalExperts, fuse_experts, make_experts
+from fastdeploy.layers.moe.gate import Gate, Routing
 from fastdeploy.layers.placement import Placement
 from fastdeploy.models.weights import WeightSource
+from fastdeploy.runner.step import StepContext
+from fastdeploy.wire.messages import StepAgreement
 
 
 class SparseMoE(nn.Module):
-    """y = sum over the chosen experts of weight * FFN(x), plus the shared FFN where the family has one."""
+    """y = sum over the chosen experts of weight * FFN(x), plus the shared FFN where the family has one.
+
+    Tensor ranks share the width of every FFN, but for experts that are spread over the ranks: those stay whole.
+    """
 
     def __init__(self, hidden_size: int, moe: MoEShape, place: Placement) -> None:
         super().__init__()
+        self.moe = moe
+        self.peers = place.peers
+        where = place.peers.where
+        self.n_sharing = 1 if where.spreads_experts else where.n_tensor  # ranks that share each expert
+        self.first_expert, self.n_local = local_experts(moe, where)
         self.gate = Gate(hidden_size, moe, place)
-        self.experts = Experts(moe.n_experts, hidden_size, moe.expert_width, place)
-        self.shared = GatedMLP(hidden_size, moe.shared_width, place) if moe.shared_width else None
+        width, shared_width = moe.expert_width // self.n_sharing, moe.shared_width // where.n_tensor
+        self.experts: LocalExperts
+        self.shared, self.fused = None, None
+        if shared_width and place.device.type == "cuda" and not where.spreads_experts:
+            self.experts = self.fused = fuse_experts(self.n_local, hidden_size, width, place, shared_width)
+        else:
+            self.experts = make_experts(self.n_local, hidden_size, width, place)
+            self.shared = GatedMLP(hidden_size, shared_width, place) if shared_width else None
+        self.load_e: Tensor | None = None
 
-    def forward(self, x_tH: Tensor) -> Tensor:
-        y_tH: Tensor = self.experts(x_tH, self.gate(x_tH))
-        return y_tH if self.shared is None else y_tH + self.shared(x_tH)
+    def forward(self, x_tH: Tensor, step: StepContext) -> Tensor:
+        routing = self.gate(x_tH)
+        if self.peers.where.spreads_experts:
+            y_tH = self._exchange(x_tH, routing, step.agreement)
+        else:
+            y_tH = self._compute(x_tH, routing)
+        if self.shared is not None:
+            y_tH = y_tH + self.shared(x_tH)
+        return self.peers.all_reduce_sum(y_tH)
+
+    def count_loads(self) -> None:
+        """From now on count the rows that go to each local expert."""
+        self.load_e = torch.zeros(self.n_local + 1, dtype=torch.int64, device=self.gate.weight_eH.device)
 
     def load(self, weights: WeightSource, name: str) -> None:
         """Fill from the tensors under `NAME.gate`, `NAME.experts` and `NAME.shared_experts`."""
+        where = self.peers.where
         self.gate.load(weights, f"{name}.gate")
-        self.experts.load(weights, f"{name}.experts")
+        share = FFNShare(weights, where.n_tensor, where.tensor_rank)
+        if self.fused is not None:
+            self.fused.load(share, f"{name}.experts", self.first_expert, f"{name}.shared_experts")
+            return
+        self.experts.load(share if self.n_sharing > 1 else weights, f"{name}.experts", self.first_expert)
         if self.shared is not None:
-            self.shared.load(weights, f"{name}.shared_experts")
+            self.shared.load(share, f"{name}.shared_experts")
+
+    def _compute(self, x_rH: Tensor, routing: Routing) -> Tensor:
+        """The local experts' part, for rows that are here."""
+        if self.load_e is not None:
+            expert_r = routing.expert_tk.view(-1)
+            self.load_e.scatter_add_(0, expert_r, torch.ones_like(expert_r))
+        y_rH: Tensor = self.experts(x_rH, routing)
+        return y_rH
+
+    def _exchange(self, x_tH: Tensor, routing: Routing, agreement: StepAgreement | None) -> Tensor:
+        """All ranks' experts' part: of the rows that this tensor rank sends, zero for those that another sends."""
+        where, all_to_all = self.peers.where, self.peers.all_to_all
+        if agreement is None:  # one replica needs none: its ranks have the same rows
+            agreement = StepAgreement([x_tH.shape[0]], x_tH.shape[0], False)
+        n_rows_g = rows_to_dispatch(agreement, where.n_tensor)
+        begin, _ = run_of(x_tH.shape[0], where.n_tensor, where.tensor_rank)
+        pieces = cut_into_pieces(n_rows_g, all_to_all.max_rows)
+        if len(pieces) == 1 and where.n_tensor == 1:
+            return self._exchange_piece(x_tH, routing, n_rows_g)
+        y_tH = torch.zeros_like(x_tH)
+        for piece in pieces:
+            first = begin + piece.first_g[where.group_rank]
+            rows = slice(first, first + piece.n_rows_g[where.group_rank])
+            part = replace(routing, expert_tk=routing.expert_tk[rows], weight_tk=routing.weight_tk[rows])
+            y_tH[rows] = self._exchange_piece(x_tH[rows], part, piece.n_rows_g)
+        return y_tH
+
+    def _exchange_piece(self, x_tH: Tensor, routing: Routing, n_rows_g: tuple[int, ...]) -> Tensor:
+        sent = self.peers.all_to_all.dispatch(x_tH, routing, n_rows_g)
+        return self.peers.all_to_all.combine(self._compute(sent.x_rH, sent.routing), sent)

@@ -1,0 +1,85 @@
+"""One stored weight that multiplies: plain, packed by oneDNN, or in panels of our own kernels.
+
+On a CPU that computes in float32, our kernels are the fastest at every number of rows that was tried but for some of
+512, where oneDNN was level; and they keep a checkpoint's 16-bit weights as they are. oneDNN serves where there is no C
+compiler.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastdeploy.kernels.cpu.library import WEIGHT_TYPES, kernels_for
+from fastdeploy.kernels.cpu.panels import PanelMatmul
+from fastdeploy.layers.placement import Placement
+
+# Rows for which oneDNN chooses the blocked layout; the layout serves every other row count as well.
+_PACK_ROWS = 16
+
+
+class Matmul(Protocol):
+    """A weight W [O, I] in the form that its device multiplies fastest with."""
+
+    def __call__(self, x_tI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """`x W^T + b` [t, O] in the dtype of x, t may be 0."""
+        ...
+
+    def n_bytes(self) -> int:
+        """Bytes of the weight as it is held."""
+        ...
+
+
+class PlainMatmul:
+    """The weight as it is; implements Matmul."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self.weight_OI = weight_OI
+
+    def __call__(self, x_tI: Tensor, bias_O: Tensor | None) -> Tensor:
+        return functional.linear(x_tI, self.weight_OI, bias_O)
+
+    def n_bytes(self) -> int:
+        return self.weight_OI.nbytes
+
+
+class OneDnnMatmul:
+    """A float32 weight in oneDNN's blocked form; implements Matmul."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _PACK_ROWS)
+        self._n_out, self._n_bytes = weight_OI.shape[0], weight_OI.nbytes
+
+    def __call__(self, x_tI: Tensor, bias_O: Tensor | None) -> Tensor:
+        # oneDNN answers garbage shapes for zero rows; an empty batch is a legal step of an idle rank.
+        if x_tI.shape[0] == 0:
+            return x_tI.new_empty(0, self._n_out)
+        y_tO: Tensor = torch.ops.mkldnn._linear_pointwise(x_tI, self._packed, bias_O, "none", [], "")
+        return y_tO
+
+    def n_bytes(self) -> int:
+        return self._n_bytes
+
+
+def stored_dtype(part_dtypes: set[torch.dtype], place: Placement) -> torch.dtype:
+    """In which dtype to hold a weight whose parts come in these: theirs where it can stay, else that of `place`."""
+    if len(part_dtypes) == 1 and kernels_for(place.device, place.dtype) is not None:
+        dtype = next(iter(part_dtypes))
+        if dtype.itemsize == 2 and dtype in WEIGHT_TYPES:
+            return dtype
+    return place.dtype
+
+
+def make_matmul(weight_OI: Tensor, place: Placement) -> Matmul:
+    """The weight, of a dtype that `stored_dtype` gives or of another floating-point dtype, ready to multiply."""
+    if place.device.type != "cpu" or place.dtype != torch.float32:
+        return PlainMatmul(weight_OI.to(place.dtype))
+    kernels = kernels_for(place.device, place.dtype)
+    if kernels is not None:
+        return PanelMatmul(kernels, weight_OI if weight_OI.dtype in WEIGHT_TYPES else weight_OI.float())
+    if torch.backends.mkldnn.is_available():
+        return OneDnnMatmul(weight_OI.float())
+    return PlainMatmul(weight_OI.float())

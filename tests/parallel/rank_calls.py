@@ -1,0 +1,83 @@
+"""What tests let rank processes do: meet, build a runner, take steps. Every function gets the process's state first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rank_processes import RankProcesses, State
+
+from fastdeploy.config.schema import EngineConfig, ParallelConfig
+from fastdeploy.wire.messages import StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from fastdeploy.distributed.groups import Group
+
+Meeting = tuple[str, int]
+
+
+def open_store(state: State, parallel: ParallelConfig, number: int) -> Meeting | None:
+    """If this rank is the first of its group: where its group meets."""
+    from fastdeploy.distributed import groups, topology
+
+    state.clear()
+    where = topology.position(parallel, number)
+    if where.group_size == 1 or where.group_rank != 0:
+        return None
+    state["store"], host, port = groups.open_store(parallel, number)
+    return host, port
+
+
+def join(state: State, parallel: ParallelConfig, number: int, meeting: Meeting | None) -> None:
+    """Meet the others; the group is kept."""
+    state["group"] = _join(state, parallel, number, meeting)
+
+
+def build(
+    state: State, config: EngineConfig, number: int, meeting: Meeting | None, exchange: str | None
+) -> tuple[int, int]:
+    """Build the runner of one rank, which is kept; returns (bytes of its weights, its number of pages)."""
+    from fastdeploy.runner.build import build_runner
+
+    runner, _ = build_runner(
+        config, number=number, join=lambda: _join(state, config.parallel, number, meeting), exchange=exchange
+    )
+    runner.model.count_expert_loads()
+    state["runner"] = runner
+    return runner.weight_bytes, runner.n_pages
+
+
+def step(state: State, plan: StepPlan) -> StepResult:
+    """Take one step."""
+    result: StepResult = state["runner"].launch(plan)()
+    return result
+
+
+def expert_loads(state: State) -> list[list[int]]:
+    """Rows that went to each local expert of each sparse layer."""
+    loads: list[list[int]] = state["runner"].model.expert_loads().tolist()
+    return loads
+
+
+def meet(ranks: RankProcesses, parallel: ParallelConfig) -> list[Meeting | None]:
+    """Open the stores of all groups; returns where each rank meets its group."""
+    from fastdeploy.distributed import topology
+
+    numbers = range(parallel.n_ranks)
+    meetings = ranks.call(open_store, [(parallel, number) for number in numbers])
+    return [meetings[topology.numbers_of_group(parallel, number)[0]] for number in numbers]
+
+
+def make_group(ranks: RankProcesses, parallel: ParallelConfig) -> None:
+    """Every process has a group in its state afterwards."""
+    meetings = meet(ranks, parallel)
+    ranks.call(join, [(parallel, number, meeting) for number, meeting in enumerate(meetings)])
+
+
+def _join(state: State, parallel: ParallelConfig, number: int, meeting: Meeting | None) -> Group:
+    import torch
+
+    from fastdeploy.distributed import groups
+
+    assert meeting is not None, "a rank by itself does not join"
+    host, port = meeting
+    return groups.join(parallel, number, torch.device("cpu"), host, port, state.get("store"), patience_s=60)
