@@ -1,0 +1,1 @@
+"""Fused kernels; a file holds the torch reference and the Triton kernel of one operation."""

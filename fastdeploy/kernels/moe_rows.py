@@ -1,0 +1,166 @@
+"""The order in which grouped matmuls see rows: sorting (token, slot) pairs by expert, gathering, and summing back.
+
+Every token has `k` routed slots and `n_shared` slots of experts that all tokens pass; slot j of token t is the pair
+`t * (k + n_shared) + j`. Routed ids lie in 0..n_local, where n_local means "that expert is not here" and costs nothing.
+The shared experts are the groups n_local..n_local + n_shared - 1. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_MAX_TILE = 4096
+_GATHER_ROWS = 4
+
+
+def sort_pairs_ref(expert_tk: Tensor, n_local: int, n_shared: int = 0) -> tuple[Tensor, Tensor]:
+    """What `sort_pairs` computes; entries of pair_p behind offset_g[-1] have no meaning and are 0 here."""
+    shared_ts = torch.arange(n_local, n_local + n_shared, device=expert_tk.device).expand(expert_tk.shape[0], -1)
+    routed_tk = expert_tk.long().masked_fill(expert_tk >= n_local, n_local + n_shared)
+    group_p = torch.cat((routed_tk, shared_ts), 1).flatten()
+    pair_p = group_p.argsort(stable=True)
+    offset_g = torch.bincount(group_p, minlength=n_local + n_shared + 1).cumsum(0)[:-1]
+    here_p = torch.arange(pair_p.numel(), device=pair_p.device) < offset_g[-1]
+    return torch.where(here_p, pair_p, 0).int(), torch.cat((offset_g.new_zeros(1), offset_g)).int()
+
+
+def sort_pairs(expert_tk: Tensor, n_local: int, n_shared: int = 0) -> tuple[Tensor, Tensor]:
+    """Pairs in the order of their experts, stable.
+
+    `expert_tk` int32 or int64 [t, k]. Returns pair_p int32 [t * (k + n_shared)] and offset_g int32 [groups + 1]: group
+    g owns pair_p[offset_g[g] : offset_g[g + 1]]; what lies behind offset_g[-1] is not written.
+    """
+    n_tokens, n_slots = expert_tk.shape[0], expert_tk.shape[1] + n_shared
+    n_pairs, n_groups = n_tokens * n_slots, n_local + n_shared
+    pair_p = torch.empty(n_pairs, dtype=torch.int32, device=expert_tk.device)
+    offset_g = torch.empty(n_groups + 1, dtype=torch.int32, device=expert_tk.device)
+    tile = min(_MAX_TILE, max(128, triton.next_power_of_2(n_pairs)))
+    _sort_kernel[(n_groups,)](
+        expert_tk.contiguous(), pair_p, offset_g, n_pairs, n_local, n_shared, n_slots - n_shared, tile,
+        num_warps=min(16, max(4, tile // 256))
+    )  # fmt: skip
+    return pair_p, offset_g
+
+
+@triton.jit
+def group_of(expert_ptr, pair, mask, N_LOCAL: tl.constexpr, N_SHARED: tl.constexpr, K: tl.constexpr):
+    """The group of a pair; N_LOCAL + N_SHARED when its expert is not here or `mask` is off."""
+    slot = pair % (K + N_SHARED)
+    routed = tl.load(expert_ptr + (pair // (K + N_SHARED)) * K + slot, mask=mask & (slot < K), other=N_LOCAL).to(
+        tl.int32
+    )
+    group = tl.where(routed >= N_LOCAL, N_LOCAL + N_SHARED, routed)
+    return tl.where(mask & (slot >= K), N_LOCAL + slot - K, group)
+
+
+@triton.jit(do_not_specialize=["n_pairs"])
+def _sort_kernel(
+    expert_ptr, pair_ptr, offset_ptr, n_pairs, N_LOCAL: tl.constexpr, N_SHARED: tl.constexpr, K: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    # One program per group, which reads all ids (they lie in L2) twice: no program waits for another.
+    me = tl.program_id(0)
+    is_before = tl.zeros((TILE,), tl.int32)
+    for first in range(0, n_pairs, TILE):
+        pair = first + tl.arange(0, TILE)
+        is_before += (group_of(expert_ptr, pair, pair < n_pairs, N_LOCAL, N_SHARED, K) < me).to(tl.int32)
+    n_before = tl.sum(is_before, 0)
+    n_done = n_before
+    for first in range(0, n_pairs, TILE):
+        pair = first + tl.arange(0, TILE)
+        mine = group_of(expert_ptr, pair, pair < n_pairs, N_LOCAL, N_SHARED, K) == me
+        rank = tl.cumsum(mine.to(tl.int32), 0) - 1
+        tl.store(pair_ptr + n_done + rank, pair, mask=mine)
+        n_done += tl.sum(mine.to(tl.int32), 0)
+    tl.store(offset_ptr + me, n_before)
+    if me == N_LOCAL + N_SHARED - 1:
+        tl.store(offset_ptr + me + 1, n_done)
+
+
+def gather_rows_ref(x_tH: Tensor, pair_p: Tensor, offset_g: Tensor, n_slots: int) -> Tensor:
+    """What `gather_rows` computes; rows behind offset_g[-1] have no meaning and are 0 here."""
+    here_p1 = torch.arange(pair_p.numel(), device=x_tH.device)[:, None] < offset_g[-1]
+    token_p = torch.where(here_p1[:, 0], pair_p, 0) // n_slots
+    return torch.where(here_p1, x_tH[token_p] if x_tH.shape[0] else x_tH.new_zeros(0, x_tH.shape[1]), 0)
+
+
+def gather_rows(x_tH: Tensor, pair_p: Tensor, offset_g: Tensor, n_slots: int) -> Tensor:
+    """x of each sorted pair, [p, H]; rows behind offset_g[-1] are not written."""
+    n_pairs, hidden_size = pair_p.numel(), x_tH.shape[1]
+    x_pH = x_tH.new_empty(n_pairs, hidden_size)
+    if n_pairs:
+        block = min(512, triton.next_power_of_2(hidden_size))
+        _gather_kernel[(triton.cdiv(n_pairs, _GATHER_ROWS),)](
+            x_tH, pair_p, offset_g, x_pH, offset_g.numel() - 1, hidden_size, n_slots, _GATHER_ROWS, block, num_warps=4
+        )
+    return x_pH
+
+
+@triton.jit
+def _gather_kernel(
+    x_ptr, pair_ptr, offset_ptr, out_ptr, n_groups, H: tl.constexpr, N_SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < tl.load(offset_ptr + n_groups)
+    token = tl.load(pair_ptr + row, mask=inside, other=0) // N_SLOTS
+    source = x_ptr + token.to(tl.int64)[:, None] * H
+    target = out_ptr + row.to(tl.int64)[:, None] * H
+    for first in tl.static_range(0, H, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        mask = inside[:, None] & (column < H)
+        tl.store(target + column, tl.load(source + column, mask=mask), mask=mask)
+
+
+def sum_slots_ref(
+    y_pH: Tensor, expert_tk: Tensor, weight_tk: Tensor, n_local: int, n_shared: int = 0, base_tH: Tensor | None = None
+) -> Tensor:
+    """What `sum_slots` computes."""
+    (n_tokens, n_routed), hidden_size = expert_tk.shape, y_pH.shape[1]
+    y_tjH = y_pH.view(n_tokens, n_routed + n_shared, hidden_size).float()
+    here_tk1 = (expert_tk < n_local)[:, :, None]
+    y_tH = torch.where(here_tk1, y_tjH[:, :n_routed] * weight_tk.float()[:, :, None], 0.0).sum(1)
+    y_tH = y_tH + y_tjH[:, n_routed:].sum(1)
+    return (y_tH if base_tH is None else y_tH + base_tH.float()).to(y_pH.dtype)
+
+
+def sum_slots(
+    y_pH: Tensor, expert_tk: Tensor, weight_tk: Tensor, n_local: int, n_shared: int = 0, base_tH: Tensor | None = None
+) -> Tensor:
+    """Sum of a token's slots [t, H], in float32: routed ones weighted, shared ones and `base_tH` as they are.
+
+    `y_pH` [t * (k + n_shared), H] lies in pair order; rows of experts that are not here are never read.
+    """
+    (n_tokens, n_routed), hidden_size = expert_tk.shape, y_pH.shape[1]
+    out_tH = y_pH.new_empty(n_tokens, hidden_size)
+    if n_tokens:
+        block = min(1024 if n_tokens >= 512 else 256, triton.next_power_of_2(hidden_size))
+        _sum_kernel[(n_tokens, triton.cdiv(hidden_size, block))](
+            y_pH, expert_tk.contiguous(), weight_tk.contiguous(), base_tH, out_tH,
+            hidden_size, n_local, n_shared, n_routed, base_tH is not None, block, num_warps=max(1, block // 256),
+        )  # fmt: skip
+    return out_tH
+
+
+@triton.jit
+def _sum_kernel(
+    y_ptr, expert_ptr, weight_ptr, base_ptr, out_ptr, H: tl.constexpr, N_LOCAL: tl.constexpr, N_SHARED: tl.constexpr,
+    K: tl.constexpr, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < H
+    total = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BASE:
+        total += tl.load(base_ptr + token * H + column, mask=inside, other=0.0).to(tl.float32)
+    row_ptr = y_ptr + token * (K + N_SHARED) * H + column
+    for slot in tl.static_range(K):
+        here = tl.load(expert_ptr + token * K + slot) < N_LOCAL
+        weight = tl.load(weight_ptr + token * K + slot).to(tl.float32)
+        total += tl.load(row_ptr + slot * H, mask=inside & here, other=0.0).to(tl.float32) * tl.where(here, weight, 0.0)
+    for slot in tl.static_range(K, K + N_SHARED):
+        total += tl.load(row_ptr + slot * H, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * H + column, total, mask=inside)

@@ -1,0 +1,150 @@
+"""RMSNorm on a GPU: plain, with the residual addition before it, and over the heads of a token.
+
+Imported only where Triton is. The references define the results; the kernels compute in float32 and round once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fastdeploy.kernels.overlap import overlaps
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, in float32, in the dtype of x."""
+    wide = x.float()
+    scale = (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+    return (wide * scale * weight.float()).to(x.dtype)
+
+
+def add_rms_norm_ref(x_tH: Tensor, residual_tH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm(x + residual), x + residual); the sum is rounded to the dtype of x before it is normed."""
+    sum_tH = x_tH + residual_tH
+    return rms_norm_ref(sum_tH, weight_H, eps), sum_tH
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As the reference, for x [t, H] or [t, h, D] with contiguous last axis; the result is contiguous."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch_norm(x, out, weight, eps)
+    return out
+
+
+def rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
+    """The same in place, also for a slice of the heads of a larger tensor."""
+    _launch_norm(x, x, weight, eps)
+
+
+def add_rms_norm(x_tH: Tensor, residual_tH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As the reference, for contiguous [t, H]."""
+    n_rows, size = x_tH.shape
+    normed_tH, sum_tH = torch.empty_like(x_tH), torch.empty_like(x_tH)
+    if n_rows:
+        block = triton.next_power_of_2(size)
+        pdl = overlaps(x_tH.device)
+        _add_rms_norm_kernel[(n_rows,)](
+            x_tH,
+            residual_tH,
+            normed_tH,
+            sum_tH,
+            weight_H,
+            eps,
+            SIZE=size,
+            BLOCK=block,
+            PDL=pdl,
+            num_warps=_n_warps(block),
+            launch_pdl=pdl,
+        )
+    return normed_tH, sum_tH
+
+
+def _launch_norm(x: Tensor, out: Tensor, weight: Tensor, eps: float) -> None:
+    size = x.shape[-1]
+    n_inner = x.shape[1] if x.dim() == 3 else 1
+    n_rows = x.shape[0] * n_inner
+    if n_rows == 0:
+        return
+    inner_strides = (x.stride(1), out.stride(1)) if x.dim() == 3 else (0, 0)
+    block, pdl = triton.next_power_of_2(size), overlaps(x.device)
+    _rms_norm_kernel[(n_rows,)](
+        x,
+        out,
+        weight,
+        eps,
+        x.stride(0),
+        inner_strides[0],
+        out.stride(0),
+        inner_strides[1],
+        N_INNER=n_inner,
+        SIZE=size,
+        BLOCK=block,
+        PDL=pdl,
+        num_warps=_n_warps(block),
+        launch_pdl=pdl,
+    )
+
+
+def _n_warps(block: int) -> int:
+    return min(max(block // 512, 1), 16)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr,
+    out_ptr,
+    weight_ptr,
+    eps,
+    x_outer,
+    x_inner,
+    out_outer,
+    out_inner,
+    N_INNER: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    outer, inner = row // N_INNER, row % N_INNER
+    column = tl.arange(0, BLOCK)
+    inside = column < SIZE
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    x = tl.load(x_ptr + outer * x_outer + inner * x_inner + column, mask=inside, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * weight
+    tl.store(out_ptr + outer * out_outer + inner * out_inner + column, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    normed_ptr,
+    sum_ptr,
+    weight_ptr,
+    eps,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < SIZE
+    at = row * SIZE + column
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    # Rounded first: what later layers add to is what this norm saw.
+    rounded = (x + residual).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + at, rounded, mask=inside)
+    total = rounded.to(tl.float32)
+    y = total * tl.rsqrt(tl.sum(total * total, 0) / SIZE + eps) * weight
+    tl.store(normed_ptr + at, y.to(normed_ptr.dtype.element_ty), mask=inside)
