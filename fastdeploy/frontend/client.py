@@ -283,3 +283,4 @@ class EngineClient:
         for inbox in self._inboxes.values():
             inbox.fail(error)
         self._inboxes.clear()
+        self.load = RankLoad()

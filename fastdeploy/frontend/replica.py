@@ -13,10 +13,11 @@ from fastdeploy.frontend.client import EngineClient, EngineProcess, Inbox
 from fastdeploy.frontend.ledger import RankLoad
 from fastdeploy.wire.messages import GroupAddress, LoadProgress, Ready, Status, Submit
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
-_STEADY_S = 60.0  # an engine that served for this long had no fault at its start
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0  # a start takes longer than that by itself
+_STEADY_S = 20.0  # an engine that served for this long does not die of being started
 _MAX_FAILED_STARTS = 5
 _SILENCE_LIMIT_S = 6.0
+_NO_ENGINE = Status(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, stalled_s=0.0)
 
 log = logging.getLogger("fastdeploy.replica")
 
@@ -119,19 +120,23 @@ class Replica:
         return death.result()
 
     async def _keep(self) -> None:
-        """Replace the engine whenever it dies, after a pause that grows while it keeps failing."""
-        n_failed, pause_s = 0, _FIRST_PAUSE_S
+        """Replace the engine whenever it dies, after a pause that grows while it keeps dying soon.
+
+        It is given up after a number of starts that failed one after the other; one that served is always replaced.
+        """
+        pause_s = _FIRST_PAUSE_S
         while True:
             assert self._client is not None
             served_since_s = time.monotonic()
             error: FastDeployError = await self._death_of(self._client)
             if time.monotonic() - served_since_s > _STEADY_S:
-                n_failed, pause_s = 0, _FIRST_PAUSE_S
+                pause_s = _FIRST_PAUSE_S
+            n_failed = 0
             while True:
                 self._down = f"{error}; the engine is being started again" if self._restart else str(error)
+                self._on_status(_NO_ENGINE)
                 await self._client.close()
-                n_failed += 1
-                if not self._restart or n_failed > _MAX_FAILED_STARTS:
+                if not self._restart or n_failed == _MAX_FAILED_STARTS:
                     self._down = str(error)
                     self._gone.set_result(error)  # type: ignore[arg-type]
                     return
@@ -144,4 +149,5 @@ class Replica:
                     break
                 except FastDeployError as again:
                     error = again
+                    n_failed += 1
             log.info("data-parallel rank %d serves again", self.config.parallel.data_rank)

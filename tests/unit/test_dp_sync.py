@@ -87,7 +87,7 @@ def test_a_core_that_starts_again_before_the_group_is_complete_takes_its_place()
     hub.take(b"x", Join(1, "same"), 0.0)
     hub.take(b"b", Join(1, "same"), 1.0)
     assert hub.take(b"a", Join(0, "same"), 1.0) == [(b"a", Complete()), (b"b", Complete())]
-    assert hub.take(b"x", Vote(0, 1, True), 1.0) == []
+    assert hub.take(b"x", GroupStore("127.0.0.1", 1), 1.0) == []
 
 
 def test_one_that_falls_silent_while_the_group_forms_is_awaited_again() -> None:
@@ -103,6 +103,14 @@ def test_a_core_that_joins_a_complete_group_shows_that_its_predecessor_is_gone()
     assert [name for name, _ in out] == NAMES  # not the new one: it waits for the next group
     assert all(isinstance(event, GroupFailed) for _, event in out)
     assert hub.take(b"new", Join(1, "same"), 2.0) == []
+
+
+def test_members_of_a_former_group_are_told_that_it_is_gone() -> None:
+    hub = Hub(2, "same")
+    for command in (Alive(), Vote(7, 1, True)):
+        ((name, event),) = hub.take(b"old", command, 1.0)
+        assert name == b"old" and isinstance(event, GroupFailed) and "rank 0" in event.reason
+    assert hub.take(b"old", Leave("died"), 1.0) == [] and hub.failed is None
 
 
 def test_another_command_is_refused_and_the_group_goes_on() -> None:
@@ -122,6 +130,9 @@ def test_silence_and_failure_end_the_group_with_a_name() -> None:
     hub.take(b"c", Leave("rank 2 was killed"), 1.0)
     assert hub.failed == "data-parallel rank 2: rank 2 was killed"
     assert hub.take(b"a", Vote(0, 1, True), 1.0) == [] and hub.tick(99.0) == []
+    hub = complete_hub()
+    assert hub.end("first") == [(name, GroupFailed("first")) for name in NAMES]
+    assert hub.end("second") == [] and hub.failed == "first"
 
 
 def test_the_store_reaches_all_whenever_it_is_opened() -> None:

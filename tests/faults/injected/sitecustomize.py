@@ -1,6 +1,7 @@
 """Faults inside the processes of a server: Python runs this file at its start where PYTHONPATH names this folder.
 
-What goes wrong is up to the requests: a prompt with the tokens of BROKEN, STUCK or SLOW, or the value CRASH_MIN_TOKENS.
+What goes wrong is up to the requests: a prompt with the tokens of BROKEN, STUCK, SLOW or CORE_BROKEN, or the value
+CRASH_MIN_TOKENS.
 """
 
 import sys
@@ -15,29 +16,42 @@ BROKEN = [99, 98, 99, 98, 99]  # the forward pass raises
 STUCK = [99, 97, 99, 97, 99]  # it never comes back
 SLOW = [99, 96, 99, 96, 99]  # each layer takes LAYER_S
 LAYER_S = 0.8
+CORE_BROKEN = [99, 95, 99, 95, 99]  # the engine core raises as it takes the request in
 CRASH_MIN_TOKENS = 13  # the front end's detokeniser raises
 
 
 def _break_runner(module: ModuleType) -> None:
     runner: Any = module.ModelRunner
-    forward, count_layer = runner._forward, runner._count_layer
+    launch, count_layer = runner.launch, runner._count_layer
     layer_s = 0.0
 
-    def faulty_forward(self: Any, inputs: Any) -> Any:
+    def faulty_launch(self: Any, plan: Any) -> Any:
         nonlocal layer_s
-        ids = inputs.ids_t.tolist()
+        ids = [token_id for start in plan.starts for token_id in start.token_ids]
         if _contains(ids, BROKEN):
             raise RuntimeError("injected: the forward pass broke")
         if _contains(ids, STUCK):
             time.sleep(3600)
         layer_s = LAYER_S if _contains(ids, SLOW) else 0.0
-        return forward(self, inputs)
+        return launch(self, plan)
 
     def slow_count_layer(self: Any, *args: Any) -> None:
         time.sleep(layer_s)
         count_layer(self, *args)
 
-    runner._forward, runner._count_layer = faulty_forward, slow_count_layer
+    runner.launch, runner._count_layer = faulty_launch, slow_count_layer
+
+
+def _break_scheduler(module: ModuleType) -> None:
+    scheduler: Any = module.Scheduler
+    submit = scheduler.submit
+
+    def faulty_submit(self: Any, request: Any, *args: Any) -> None:
+        if _contains(request.prompt_ids, CORE_BROKEN):
+            raise RuntimeError("injected: the scheduler broke")
+        submit(self, request, *args)
+
+    scheduler.submit = faulty_submit
 
 
 def _break_detokenizer(module: ModuleType) -> None:
@@ -62,6 +76,7 @@ class _Saboteur(MetaPathFinder):
     changes: dict[str, Callable[[ModuleType], None]] = {  # noqa: RUF012
         "fastdeploy.runner.model_runner": _break_runner,
         "fastdeploy.frontend.detokenizer": _break_detokenizer,
+        "fastdeploy.engine.scheduler": _break_scheduler,
     }
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
