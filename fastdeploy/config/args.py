@@ -122,9 +122,9 @@ class EngineArgs:
         Literal["normal", "ipc", "ipc_snapshot", "rsync"], Flag(MODEL, "Where weights come from.")
     ] = "normal"
     rsync_config: Annotated[Json | None, Flag(MODEL, "Settings of weight transfer.")] = None
-    quantization: Annotated[str | Json | None, Flag(MODEL, "Quantize weights while loading, e.g. wint4 or wint8.")] = (
-        None
-    )
+    quantization: Annotated[
+        str | Json | None, Flag(MODEL, "Quantize while loading: block_wise_fp8 makes 8-bit experts.")
+    ] = None
     graph_optimization_config: Annotated[Json | None, Flag(MODEL, "Settings of CUDA graphs and compilation.")] = None
     plas_attention_config: Annotated[Json | None, Flag(MODEL, "Settings of sparse attention.")] = None
     speculative_config: Annotated[Json | None, Flag(MODEL, "Method and size of speculative decoding.")] = None

@@ -16,6 +16,7 @@ from fastdeploy.config.args import EngineArgs, ServerArgs
 from fastdeploy.config.flags import FlagField, flags_of
 from fastdeploy.config.hardware import cuda_devices
 from fastdeploy.config.parallel import contradictions, missing_devices, n_threads_per_rank, resolve_parallel
+from fastdeploy.config.quantization import resolve_quantization
 from fastdeploy.config.schema import (
     CacheConfig,
     DeviceName,
@@ -275,6 +276,7 @@ def _model(args: EngineArgs, cache: CacheConfig | None, device: DeviceName, prob
         tokenizer_path=None if args.tokenizer is None else str(Path(args.tokenizer).expanduser().absolute()),
         random_weights=args.load_choices == "dummy",
         seed=args.seed,
+        quantization=resolve_quantization(args.quantization, device, shape, problems.lines),
     )
 
 

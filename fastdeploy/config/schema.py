@@ -77,6 +77,7 @@ class ModelConfig:
     tokenizer_path: str | None = None  # None: the model's folder
     random_weights: bool = False  # `--load-choices dummy`
     seed: int = 0
+    quantization: Literal["block_wise_fp8"] | None = None  # of the experts, made when they are loaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

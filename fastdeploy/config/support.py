@@ -15,7 +15,6 @@ from typing import Literal
 _TEXT_ONLY = "this version takes and gives text only"
 _LOCAL = "use --scheduler-name local, one waiting room per server"
 _MIXED = "use --splitwise-role mixed: every server prefills and decodes"
-_OWN_DTYPE = "give an unquantized float16, bfloat16 or float32 checkpoint and leave the flag out"
 
 # flag -> what to do instead
 NOT_YET: Mapping[str, str] = MappingProxyType(
@@ -39,7 +38,6 @@ NOT_YET: Mapping[str, str] = MappingProxyType(
         "dynamic_load_weight": "restart the server to change weights",
         "load_strategy": "use normal: weights are read from the model folder",
         "rsync_config": "use --load-strategy normal: weights are read from the model folder",
-        "quantization": _OWN_DTYPE,
         "lm_head_fp32": "use --dtype float32 to compute everything in float32",
         "guided_decoding_backend": "use off; check the output in the client",
         "guided_decoding_disable_any_whitespace": "leave it out; there is no guided decoding",

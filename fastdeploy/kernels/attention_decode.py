@@ -84,7 +84,7 @@ class DecodeScratch:
     def n_splits(self, n_seqs: int) -> int:
         """Most parts of a context: what fills the GPU, a power of two so that few kernels are compiled."""
         wanted = self.n_programs // (n_seqs * self.n_kv_heads)
-        return min(_MAX_SPLITS, max(_MIN_SPLITS, triton.next_power_of_2(max(wanted, 1))))
+        return min(_MAX_SPLITS, max(_MIN_SPLITS, int(triton.next_power_of_2(max(wanted, 1)))))
 
     def _n_parts(self, n_seqs: int) -> int:
         return n_seqs * self.n_splits(n_seqs)

@@ -154,8 +154,8 @@ def _multiply(
 ):  # fmt: skip
     """A multiplying group: rows HALF * 64 to HALF * 64 + 63 of every tile.
 
-    Products of one 128-deep block are scaled and added in float32, as the accumulators of FP8 tensor cores are too short
-    for more and the scales change there anyway.
+    Products of one 128-deep block are scaled and added in float32, as the accumulators of FP8 tensor cores are too
+    short for more and the scales change there anyway.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])

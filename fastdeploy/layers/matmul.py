@@ -40,6 +40,11 @@ class PlainMatmul:
         self.weight_OI = weight_OI
 
     def __call__(self, x_tI: Tensor, bias_O: Tensor | None) -> Tensor:
+        if x_tI.is_cuda and x_tI.shape[0] == 1:
+            # Triton is there on GPUs only.
+            from fastdeploy.kernels.linear_one import linear_one
+
+            return linear_one(x_tI, self.weight_OI, bias_O)
         return functional.linear(x_tI, self.weight_OI, bias_O)
 
     def n_bytes(self) -> int:

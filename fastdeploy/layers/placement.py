@@ -16,3 +16,4 @@ class Placement:
     dtype: torch.dtype
     device: torch.device
     peers: Peers = field(default_factory=Peers)
+    fp8_experts: bool = False  # experts in blocks of 8-bit floats, with a scale each

@@ -50,7 +50,8 @@ def build_runner(
     shape, parallel = config.model.shape, config.parallel
     where = topology.position(parallel, parallel.data_rank * parallel.tensor if number is None else number)
     peers = Peers(where)
-    place = Placement(getattr(torch, config.model.dtype), torch.device(config.model.device), peers)
+    fp8_experts = config.model.quantization == "block_wise_fp8"
+    place = Placement(getattr(torch, config.model.dtype), torch.device(config.model.device), peers, fp8_experts)
     heads = AttentionShape(
         n_layers=shape.n_layers,
         n_heads=shape.n_heads // where.n_tensor,

@@ -1,4 +1,5 @@
-/* Attention of sequences with one new token each, over float32 pages that are read where they lie.
+/* Attention of sequences with one new token each, over float32 pages that are read where they lie; and how longer chunks
+ * get their keys and values into pages.
  *
  * A page is [2 * n_kv_heads][page_tokens][head_dim], keys before values, so that all is read front to back. One piece of work is a sequence and a key head
  * with its query heads: it rotates the new query and key, stores key and value, and goes through the context once.
@@ -213,4 +214,38 @@ void fd_decode(const struct batch *batch, const float *qkv, const float *rotatio
 {
     const struct call call = {batch, qkv, rotation, pages, out};
     fd_parallel(attend_some, &call, batch->n_sequences * batch->shape->n_kv_heads, 1);
+}
+
+struct rows {
+    const struct shape *shape;
+    float *qkv;            /* [rows][n_heads + 2 n_kv_heads][head_dim] */
+    const float *rotation; /* [rows][head_dim / 2] pairs */
+    float *pages;
+    const int64_t *slots; /* [rows] page * page_tokens + offset */
+};
+
+static void store_rows(const void *argument, long first, long last)
+{
+    const struct rows *rows = argument;
+    const struct shape *s = rows->shape;
+    const long n = s->head_dim, n_kv = s->n_kv_heads, run = s->page_tokens * n;
+    for (long row = first; row < last; row++) {
+        float *head = rows->qkv + row * (s->n_heads + 2 * n_kv) * n;
+        const long page = rows->slots[row] / s->page_tokens, offset = rows->slots[row] % s->page_tokens;
+        float *to = rows->pages + page * 2 * n_kv * run + offset * n;
+        for (long h = 0; h < s->n_heads; h++, head += n)
+            rotate(head, rows->rotation + row * n, n, 1.0f, head);
+        for (long h = 0; h < n_kv; h++, head += n, to += run)
+            rotate(head, rows->rotation + row * n, n, 1.0f, to);
+        for (long h = 0; h < n_kv; h++, head += n, to += run)
+            memcpy(to, head, n * sizeof(float));
+    }
+}
+
+/* Rotate the queries of all rows in place, and put rotated keys, and values, into pages. */
+void fd_store(const struct shape *shape, float *qkv, const float *rotation, float *pages, const int64_t *slots,
+              long n_rows)
+{
+    const struct rows rows = {shape, qkv, rotation, pages, slots};
+    fd_parallel(store_rows, &rows, n_rows, fd_piece(n_rows));
 }

@@ -1,4 +1,4 @@
-"""Attention of sequences with one new token each over float32 pages, by the C kernel that reads pages in place."""
+"""Attention of sequences with one new token each over float32 pages, and storing into pages, by the C kernels."""
 
 from __future__ import annotations
 
@@ -57,11 +57,12 @@ class DecodeBatch:
         self.address = ctypes.addressof(self._struct)
 
 
-class PagedDecode:
+class PagedKernels:
     """Rotates new queries and keys, stores keys and values, attends; pages as in `layers/attention/torch_ref.py`."""
 
     def __init__(self, kernels: CpuKernels, n_heads: int, n_kv_heads: int, head_dim: int, page_tokens: int) -> None:
-        self._run = kernels.decode
+        self._decode = kernels.decode
+        self._store = kernels.store
         self._shape = _ShapeStruct(n_heads, n_kv_heads, head_dim, page_tokens, 1 / math.sqrt(head_dim))
 
     @staticmethod
@@ -76,11 +77,19 @@ class PagedDecode:
         """Sequences by their pages, their tokens with the new one, and the row of that among the step's tokens."""
         return DecodeBatch(self._shape, page_table_sp, n_context_s, row_s)
 
-    def __call__(self, batch: DecodeBatch, qkv_thd: Tensor, rotation_td: Tensor, pages: Tensor, out_tX: Tensor) -> None:
+    def decode(self, batch: DecodeBatch, qkv_thd: Tensor, rotation_td: Tensor, pages: Tensor, out_tX: Tensor) -> None:
         """Fill the batch's rows of `out_tX` [t, heads * D] from their rows of `qkv_thd` [t, heads + 2 kv heads, D].
 
         All float32 and contiguous, `rotation_td` complex64 [t, D/2].
         """
-        for tensor in (qkv_thd, rotation_td):
-            assert tensor.is_contiguous()
-        self._run(batch.address, qkv_thd.data_ptr(), rotation_td.data_ptr(), pages.data_ptr(), out_tX.data_ptr())
+        assert qkv_thd.is_contiguous() and rotation_td.is_contiguous()
+        self._decode(batch.address, qkv_thd.data_ptr(), rotation_td.data_ptr(), pages.data_ptr(), out_tX.data_ptr())
+
+    def store_(self, qkv_thd: Tensor, rotation_td: Tensor, pages: Tensor, slot_t: Tensor) -> None:
+        """Rotate the queries of `qkv_thd` in place; rotated keys, and values, go to places `slot_t` (int64) of `pages`.
+
+        What `decode` says of the tensors holds here.
+        """
+        assert qkv_thd.is_contiguous() and rotation_td.is_contiguous()
+        shape, qkv, rotation = ctypes.addressof(self._shape), qkv_thd.data_ptr(), rotation_td.data_ptr()
+        self._store(shape, qkv, rotation, pages.data_ptr(), slot_t.data_ptr(), qkv_thd.shape[0])

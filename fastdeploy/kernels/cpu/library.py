@@ -54,6 +54,7 @@ class CpuKernels:
     linear: Callable[[int, int, int | None, int, int], int]  # struct linear, x, bias, y, n_rows
     ffn: Callable[[int, int, int, int, int | None, int | None, int], int]  # struct ffn, x, y, n, experts, weights, k
     decode: Callable[[int, int, int, int, int], None]  # struct batch, qkv, rotation, pages, out
+    store: Callable[[int, int, int, int, int, int], None]  # struct shape, qkv, rotation, pages, slots, n_rows
     choose_experts: Callable[[int, int, int, int, int], None]  # struct gate, logits, experts, weights, n_rows
     # x, residual, weight, sum, y, n_rows, n, eps
     rms_norm: Callable[[int, int | None, int, int | None, int, int, int, float], None]
@@ -102,12 +103,20 @@ def load_kernels(isa: str, folder: Path | None = None) -> CpuKernels:
     library.fd_ffn.argtypes = [pointer, pointer, pointer, number, pointer, pointer, number]
     library.fd_decode.argtypes = [pointer] * 5
     library.fd_decode.restype = None
+    library.fd_store.argtypes = [*[pointer] * 5, number]
+    library.fd_store.restype = None
     library.fd_choose_experts.argtypes = [pointer, pointer, pointer, pointer, number]
     library.fd_choose_experts.restype = None
     library.fd_rms_norm.argtypes = [*[pointer] * 5, number, number, ctypes.c_float]
     library.fd_rms_norm.restype = None
     return CpuKernels(
-        isa, library.fd_linear, library.fd_ffn, library.fd_decode, library.fd_choose_experts, library.fd_rms_norm
+        isa=isa,
+        linear=library.fd_linear,
+        ffn=library.fd_ffn,
+        decode=library.fd_decode,
+        store=library.fd_store,
+        choose_experts=library.fd_choose_experts,
+        rms_norm=library.fd_rms_norm,
     )
 
 

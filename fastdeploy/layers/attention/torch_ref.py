@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fastdeploy.kernels.cpu.attention import DecodeBatch, PagedDecode
+from fastdeploy.kernels.cpu.attention import DecodeBatch, PagedKernels
 from fastdeploy.kernels.cpu.library import CpuKernels, kernels_for
 from fastdeploy.layers.attention.base import AttentionShape, BatchLayout
 from fastdeploy.layers.rotary import rotate_
@@ -49,7 +49,7 @@ class TorchAttentionPlan:
     `in_place` has the sequences with one new token where the C kernel attends them; `decodes` is empty then.
     """
 
-    slot_x: Tensor  # [t * 2 kv heads], places among all vectors of D numbers
+    slot_t: Tensor
     in_place: DecodeBatch | None
     decodes: list[_DecodeGroup]
     prefills: list[_Prefill]
@@ -62,7 +62,7 @@ class TorchAttention:
         self.shape = shape
         self.dtype = dtype
         self.device = device
-        self.decode = _paged_decode(shape, kernels_for(device, dtype))
+        self.kernels = _paged_kernels(shape, kernels_for(device, dtype))
 
     def allocate(self, n_pages: int) -> list[Tensor]:
         """Zeroed pages, because a masked NaN would still spoil a sum."""
@@ -90,30 +90,27 @@ class TorchAttention:
             )
             for i in np.flatnonzero(batch.n_new_s > 1)
         ]
-        page_t, offset_t = np.divmod(batch.slot_t, self.shape.page_tokens)
-        slot_x = self._tensor((self._runs(page_t[:, None]) * self.shape.page_tokens + offset_t[:, None, None]).ravel())
-        if self.decode is None:
+        slot_t = self._tensor(batch.slot_t)
+        if self.kernels is None:
             groups = _groups(batch.n_new_s, n_pages_s)
             decodes = [self._decode_group(batch, first_s, n_pages_s, group) for group in groups]
-            return TorchAttentionPlan(slot_x, None, decodes, prefills)
+            return TorchAttentionPlan(slot_t, None, decodes, prefills)
         in_place, one_s = None, np.flatnonzero(batch.n_new_s == 1)
         if len(one_s):
-            in_place = self.decode.prepare(batch.page_table_sp[one_s], batch.n_context_s[one_s], first_s[one_s])
-        return TorchAttentionPlan(slot_x, in_place, [], prefills)
+            in_place = self.kernels.prepare(batch.page_table_sp[one_s], batch.n_context_s[one_s], first_s[one_s])
+        return TorchAttentionPlan(slot_t, in_place, [], prefills)
 
     def attend(self, qkv_thd: Tensor, layer: int, step: StepContext) -> Tensor:
         s, plan, pages = self.shape, step.attention, step.pages_l[layer]
         assert isinstance(plan, TorchAttentionPlan)
         out_tX = None
-        if plan.in_place is not None and self.decode is not None:
+        if plan.in_place is not None and self.kernels is not None:
             qkv_thd, rotation_td = qkv_thd.contiguous(), step.rotation_td.contiguous()
             out_tX = qkv_thd.new_empty(qkv_thd.shape[0], s.n_heads * s.head_dim)
-            self.decode(plan.in_place, qkv_thd, rotation_td, pages, out_tX)
+            self.kernels.decode(plan.in_place, qkv_thd, rotation_td, pages, out_tX)
             if not plan.prefills:
                 return out_tX
-        n_qk = s.n_heads + s.n_kv_heads
-        rotate_(qkv_thd[:, :n_qk], step.rotation_td)
-        pages.view(-1, s.head_dim).index_copy_(0, plan.slot_x, qkv_thd[:, s.n_heads :].reshape(-1, s.head_dim))
+        qkv_thd = self._rotate_and_store(qkv_thd, pages, plan, step)
         q_thd = qkv_thd[:, : s.n_heads]
         if len(plan.decodes) == 1 and not plan.prefills:
             return self._decode(q_thd, pages, plan.decodes[0])
@@ -125,6 +122,18 @@ class TorchAttention:
             rows = slice(chunk.first, chunk.first + chunk.n_new)
             out_tX[rows] = self._prefill(q_thd[rows], pages, chunk)
         return out_tX
+
+    def _rotate_and_store(self, qkv_thd: Tensor, pages: Tensor, plan: TorchAttentionPlan, step: StepContext) -> Tensor:
+        """The same with rotated queries."""
+        s = self.shape
+        if self.kernels is not None:
+            qkv_thd = qkv_thd.contiguous()
+            self.kernels.store_(qkv_thd, step.rotation_td.contiguous(), pages, plan.slot_t)
+            return qkv_thd
+        rotate_(qkv_thd[:, : s.n_heads + s.n_kv_heads], step.rotation_td)
+        page_t, offset_t = plan.slot_t // s.page_tokens, plan.slot_t % s.page_tokens
+        pages[page_t, :, offset_t] = qkv_thd[:, s.n_heads :]
+        return qkv_thd
 
     def _decode(self, q_shd: Tensor, pages: Tensor, group: _DecodeGroup) -> Tensor:
         """One query each: the query heads that share a key head take the place of query positions."""
@@ -146,9 +155,18 @@ class TorchAttention:
             q_hqd = q_thd[start : start + _QUERY_BLOCK].transpose(0, 1)
             n_q = q_hqd.shape[1]
             n_seen = n_before + start + n_q
-            mask_qC = torch.ones(n_q, n_seen, dtype=torch.bool, device=q_thd.device).tril(n_before + start)
+            # Without a mask keys that no query sees are skipped; but SDPA aligns its own causal mask to the first key.
+            is_first = n_seen == n_q
+            mask_qC = None
+            if not is_first:
+                mask_qC = torch.ones(n_q, n_seen, dtype=torch.bool, device=q_thd.device).tril(n_before + start)
             out_1hqd = functional.scaled_dot_product_attention(
-                q_hqd[None], k_hCd[None, :, :n_seen], v_hCd[None, :, :n_seen], attn_mask=mask_qC, enable_gqa=True
+                q_hqd[None],
+                k_hCd[None, :, :n_seen],
+                v_hCd[None, :, :n_seen],
+                attn_mask=mask_qC,
+                is_causal=is_first,
+                enable_gqa=True,
             )
             parts.append(out_1hqd[0].transpose(0, 1).reshape(n_q, -1))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -178,10 +196,10 @@ class TorchAttention:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
-def _paged_decode(s: AttentionShape, kernels: CpuKernels | None) -> PagedDecode | None:
-    if kernels is None or not PagedDecode.supports(s.n_heads, s.n_kv_heads, s.head_dim):
+def _paged_kernels(s: AttentionShape, kernels: CpuKernels | None) -> PagedKernels | None:
+    if kernels is None or not PagedKernels.supports(s.n_heads, s.n_kv_heads, s.head_dim):
         return None
-    return PagedDecode(kernels, s.n_heads, s.n_kv_heads, s.head_dim, s.page_tokens)
+    return PagedKernels(kernels, s.n_heads, s.n_kv_heads, s.head_dim, s.page_tokens)
 
 
 def _groups(n_new_s: NDArray[np.int32], n_pages_s: NDArray[np.int32]) -> list[NDArray[np.int64]]:
