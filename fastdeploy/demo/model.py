@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdeploy.config.cache_folder import default_cache_dir
 from fastdeploy.demo.gguf import SMOLLM2, GgufFile, Source, bytes_bar, fetch, tokenizer_json
 from fastdeploy.errors import CheckpointError
 
@@ -41,14 +42,6 @@ MANIFEST = "files.json"  # size of every other file of a finished folder
 F16, F32 = np.dtype("<f2"), np.dtype("<f4")
 BUILD_DEADLINE_S = 3600.0
 logger = logging.getLogger(__name__)
-
-
-def default_cache_dir() -> Path:
-    """`$FD_CACHE_DIR`, else `$XDG_CACHE_HOME/fastdeploy`, else `~/.cache/fastdeploy`; absolute, maybe not there yet."""
-    if own := os.environ.get("FD_CACHE_DIR"):
-        return Path(own).expanduser().absolute()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache").expanduser().absolute() / "fastdeploy"
 
 
 def build_demo_model(cache_dir: Path | None = None, form: Form = "moe", show_progress: bool = True) -> Path:

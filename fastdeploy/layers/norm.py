@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastdeploy.kernels.cpu import norm as cpu_norm
+from fastdeploy.kernels.cpu.library import kernels_for
 from fastdeploy.layers.placement import Placement
 from fastdeploy.models.weights import WeightSource
 
@@ -18,6 +20,7 @@ class RMSNorm(nn.Module):
         self.size = size
         self.eps = eps
         self.weight = torch.empty(size, dtype=place.dtype, device=place.device)
+        self.kernels = kernels_for(place.device, place.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
@@ -25,6 +28,8 @@ class RMSNorm(nn.Module):
             from fastdeploy.kernels.rms_norm import rms_norm
 
             return rms_norm(x, self.weight, self.eps)
+        if self.kernels is not None:
+            return cpu_norm.rms_norm(self.kernels, x, self.weight, self.eps)
         return functional.rms_norm(x, (self.size,), self.weight, self.eps)
 
     def add(self, x_tH: Tensor, residual_tH: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -35,6 +40,8 @@ class RMSNorm(nn.Module):
             from fastdeploy.kernels.rms_norm import add_rms_norm
 
             return add_rms_norm(x_tH, residual_tH, self.weight, self.eps)
+        if self.kernels is not None:
+            return cpu_norm.add_rms_norm(self.kernels, x_tH, residual_tH, self.weight, self.eps)
         sum_tH = x_tH + residual_tH
         return functional.rms_norm(sum_tH, (self.size,), self.weight, self.eps), sum_tH
 

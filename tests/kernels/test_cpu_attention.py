@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastdeploy.kernels.cpu.attention import PagedDecode
+from fastdeploy.kernels.cpu.attention import PagedKernels
 from fastdeploy.kernels.cpu.library import CpuKernels, KernelsUnavailableError, load_kernels, supported_isas
 from fastdeploy.layers.attention.base import AttentionShape, BatchLayout
 from fastdeploy.layers.attention.torch_ref import TorchAttention
@@ -81,10 +81,10 @@ class Case:
 def test_paged_decode_is_attention(kernels: CpuKernels, heads: tuple[int, int, int, int], contexts: list[int]) -> None:
     case = Case(heads, contexts, n_other_rows=2)
     untouched = case.qkv.clone()
-    decode = PagedDecode(kernels, *heads)
-    batch = decode.prepare(case.table_sp, np.array(contexts, np.int32), case.rows)
+    paged = PagedKernels(kernels, *heads)
+    batch = paged.prepare(case.table_sp, np.array(contexts, np.int32), case.rows)
     out = torch.full((case.n_rows, case.n_heads * case.size), torch.nan)
-    decode(batch, case.qkv, case.rotation, case.pages, out)
+    paged.decode(batch, case.qkv, case.rotation, case.pages, out)
     outs, stored = case.expected()
     for s, n in enumerate(contexts):
         torch.testing.assert_close(out[case.rows[s]], outs[s], atol=2e-5, rtol=2e-5)
@@ -98,20 +98,20 @@ def test_paged_decode_is_attention(kernels: CpuKernels, heads: tuple[int, int, i
 def test_large_scores_do_not_overflow(kernels: CpuKernels) -> None:
     case = Case((4, 2, 64, 16), [40, 100])
     case.qkv *= 100
-    decode = PagedDecode(kernels, 4, 2, 64, 16)
+    paged = PagedKernels(kernels, 4, 2, 64, 16)
     out = torch.full((2, 256), torch.nan)
-    batch = decode.prepare(case.table_sp, np.array([40, 100], np.int32), case.rows)
-    decode(batch, case.qkv, case.rotation, case.pages, out)
+    batch = paged.prepare(case.table_sp, np.array([40, 100], np.int32), case.rows)
+    paged.decode(batch, case.qkv, case.rotation, case.pages, out)
     torch.testing.assert_close(out, torch.stack(case.expected()[0]), atol=1e-3, rtol=1e-3)
 
 
 def test_nan_stays_nan(kernels: CpuKernels) -> None:
     case = Case((2, 1, 16, 16), [3, 3])
     case.qkv[case.rows[0], 0, 0] = torch.nan
-    decode = PagedDecode(kernels, 2, 1, 16, 16)
+    paged = PagedKernels(kernels, 2, 1, 16, 16)
     out = torch.zeros(2, 32)
-    decode(
-        decode.prepare(case.table_sp, np.array([3, 3], np.int32), case.rows), case.qkv, case.rotation, case.pages, out
+    paged.decode(
+        paged.prepare(case.table_sp, np.array([3, 3], np.int32), case.rows), case.qkv, case.rotation, case.pages, out
     )
     assert out[case.rows[0], :16].isnan().all()
     assert not out[case.rows[1]].isnan().any()
@@ -121,7 +121,7 @@ def test_nan_stays_nan(kernels: CpuKernels) -> None:
     ("heads", "supported"), [((9, 3, 64), True), ((4, 2, 24), False), ((128, 1, 64), False), ((64, 1, 64), True)]
 )
 def test_supported_heads(heads: tuple[int, int, int], supported: bool) -> None:
-    assert PagedDecode.supports(*heads) is supported
+    assert PagedKernels.supports(*heads) is supported
 
 
 @pytest.mark.parametrize("n_new", [[1], [1, 1, 1], [5, 1, 70, 1]], ids=str)
@@ -132,7 +132,7 @@ def test_backend_is_the_same_without_the_kernel(n_new: list[int]) -> None:
         torch.manual_seed(1)
         backend = TorchAttention(shape, torch.float32, torch.device("cpu"))
         if plain:
-            backend.decode = None
+            backend.kernels = None
         pages_l = backend.allocate(40)
         pages_l[0].normal_()
         context_s = np.array(n_new, np.int32) + np.arange(len(n_new), dtype=np.int32) * 13

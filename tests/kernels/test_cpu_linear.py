@@ -24,6 +24,8 @@ from fastdeploy.kernels.cpu.norm import add_rms_norm, rms_norm
 from fastdeploy.kernels.cpu.panels import PanelFFN, PanelMatmul, to_panels
 from fastdeploy.layers.linear import Linear
 from fastdeploy.layers.matmul import OneDnnMatmul, PlainMatmul, make_matmul
+from fastdeploy.layers.moe.gate import Routing
+from fastdeploy.layers.packed_ffn import PackedFFN
 from fastdeploy.layers.placement import Placement
 from fastdeploy.models.weights import StoredTensor
 
@@ -251,6 +253,28 @@ def test_linear_widens_parts_of_different_dtypes(other: torch.dtype) -> None:
     x = torch.randn(4, 9)
     expected = functional.linear(x, torch.cat([a.float(), b.float()]), torch.cat(list(biases.values())))
     torch.testing.assert_close(linear(x), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_ffn_loads_its_experts(built: CpuKernels, dtype: torch.dtype) -> None:
+    hidden, width = 20, 6
+    tensors = {}
+    for e in range(4):
+        for part, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
+            tensors[f"x_{e}_{part}_proj_weight"] = torch.randn(shape).to(dtype)
+    ffn = PackedFFN(2, hidden, width, CPU)
+    ffn.load(Held(**tensors), "x", 1)
+    assert ffn.n_bytes() == 2 * 3 * hidden * width * dtype.itemsize
+    x, weight_tk = torch.randn(3, hidden), torch.rand(3, 2)
+    expert_tk = torch.tensor([[0, 1], [1, 2], [2, 2]])
+    found = ffn(x, Routing(expert_tk, weight_tk))
+    for t in range(3):
+        expected = torch.zeros(hidden, dtype=torch.float64)
+        for j in range(2):
+            if (e := int(expert_tk[t, j])) < 2:
+                parts = (tensors[f"x_{e + 1}_{part}_proj_weight"] for part in ("gate", "up", "down"))
+                expected += weight_tk[t, j] * ffn_ref(x[t], *parts)
+        torch.testing.assert_close(found[t].double(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 5, 40])

@@ -21,7 +21,7 @@ from types import MappingProxyType
 
 import torch
 
-from fastdeploy.demo.model import default_cache_dir
+from fastdeploy.config.cache_folder import default_cache_dir
 
 log = logging.getLogger("fastdeploy.kernels")
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastdeploy.config.schema import MoEShape
+from fastdeploy.kernels.cpu.gate import PanelGate
+from fastdeploy.kernels.cpu.library import kernels_for
 from fastdeploy.layers.placement import Placement
 from fastdeploy.models.weights import WeightSource
 
@@ -33,11 +35,15 @@ class Gate(nn.Module):
         gate_dtype = torch.float32 if moe.gate_in_float32 else place.dtype
         self.weight_eH = torch.empty(moe.n_experts, hidden_size, dtype=gate_dtype, device=place.device)
         self.dtype = place.dtype
+        self.kernels = kernels_for(place.device, place.dtype)
+        self.panel_gate: PanelGate | None = None
         self.split_neH: Tensor | None = None
         self.arrived_b: Tensor | None = None
         self.bias_e = torch.empty(moe.n_experts, device=place.device) if moe.has_correction_bias else None
 
     def forward(self, x_tH: Tensor) -> Routing:
+        if self.panel_gate is not None:
+            return Routing(*self.panel_gate(x_tH))
         if self.split_neH is not None and self.arrived_b is not None:
             # Triton is there on GPUs only.
             from fastdeploy.kernels.gate import choose_experts
@@ -60,6 +66,10 @@ class Gate(nn.Module):
         if self.bias_e is not None:
             shape = (self.moe.n_experts,)
             self.bias_e.copy_(weights.require(f"{name}.e_score_correction_bias", shape).read())
+        if self.kernels is not None:
+            norm_min = self.moe.norm_min if self.moe.renormalise else None
+            k = self.moe.n_experts_per_token
+            self.panel_gate = PanelGate(self.kernels, self.weight_eH, self.bias_e, k, norm_min)
         if self.weight_eH.is_cuda:
             from fastdeploy.kernels.gate import N_ARRIVED, split_gate_weight
 
