@@ -17,7 +17,7 @@ import zmq
 from fastdeploy.config.schema import with_measured_pages
 from fastdeploy.engine.group import CoreGroup
 from fastdeploy.engine.scheduler import Scheduler
-from fastdeploy.engine.step import PlannedStep
+from fastdeploy.engine.step import PlannedStep, is_decode, trimmed
 from fastdeploy.errors import EngineDeadError, FastDeployError, RequestError
 from fastdeploy.executor.executor import Executor
 from fastdeploy.observability.logs import setup_logging
@@ -129,7 +129,8 @@ class EngineCore:
         group.advance()
         agreement = group.take_agreement()
         if agreement is not None and self.proposed is not None:
-            step, self.proposed = self.proposed, None
+            step = trimmed(self.proposed, agreement.n_tokens_d[self.config.parallel.data_rank])
+            self.proposed = None
             self.executor.send(msgspec.structs.replace(step.plan, agreement=agreement))
             self.in_flight.append(step)
         if self.proposed is not None or len(self.in_flight) >= self.config.scheduler.steps_in_flight:
@@ -137,7 +138,8 @@ class EngineCore:
         self.proposed = self.scheduler.plan(time.time(), even_if_empty=group.step_open)
         if self.proposed is not None:
             plan = self.proposed.plan
-            group.vote(sum(plan.n_tokens), graph_ok=all(plan.samples) and sum(plan.n_tokens) == len(plan.slots))
+            n_tokens, n_decodes = sum(plan.n_tokens), sum(map(is_decode, plan.n_tokens, plan.samples))
+            group.vote(n_tokens, n_tokens - n_decodes, graph_ok=n_tokens == n_decodes)
 
     def _note_busy(self) -> None:
         if not self.in_flight and self.proposed is None:

@@ -31,9 +31,21 @@ SILENCE_LIMIT_S = 6.0  # everyone speaks every second
 Outbox = list[tuple[bytes, GroupEvent]]
 
 
-def agree(votes: Sequence[Vote], graph_sizes: Sequence[int] = ()) -> StepAgreement:
-    """The one value that all ranks act on; `votes` in the order of data-parallel ranks, `graph_sizes` ascending."""
-    n_tokens_d = [vote.n_tokens for vote in votes]
+def agree(
+    votes: Sequence[Vote], graph_sizes: Sequence[int] = (), least_prompt_tokens: int | None = None
+) -> StepAgreement:
+    """The one value that all ranks act on; `votes` in the order of data-parallel ranks, `graph_sizes` ascending.
+
+    The ranks wait for each other in every sparse layer, so the longest prompts of a step are what it costs all. Where
+    several have prompts, none computes more of them than the one with the fewest, but `least_prompt_tokens` in any
+    case; the rest is a matter of the next step. None: prompts are not cut.
+    """
+    prompts = [vote.n_prompt_tokens for vote in votes if vote.n_prompt_tokens]
+    if least_prompt_tokens is None or len(prompts) < 2:
+        n_tokens_d = [vote.n_tokens for vote in votes]
+    else:
+        most = max(min(prompts), least_prompt_tokens)
+        n_tokens_d = [vote.n_tokens - max(vote.n_prompt_tokens - most, 0) for vote in votes]
     n_most = max(n_tokens_d)
     size = next((size for size in graph_sizes if size >= n_most), None)
     if size is not None and n_most > 0 and all(vote.graph_ok for vote in votes):
@@ -44,7 +56,14 @@ def agree(votes: Sequence[Vote], graph_sizes: Sequence[int] = ()) -> StepAgreeme
 class Hub:
     """Members, votes and the end of one group; each method returns what is to be sent, and to whom."""
 
-    def __init__(self, n_members: int, fingerprint: str, graph_sizes: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        n_members: int,
+        fingerprint: str,
+        graph_sizes: Sequence[int] = (),
+        least_prompt_tokens: int | None = None,
+    ) -> None:
+        self._least_prompt_tokens = least_prompt_tokens
         self.failed: str | None = None
         self._fingerprint = fingerprint
         self._graph_sizes = graph_sizes
@@ -136,7 +155,7 @@ class Hub:
         self._vote_d[data_rank] = vote
         votes = [v for v in self._vote_d if v is not None]
         if len(votes) == len(self._vote_d):
-            agreed = Agreed(self._step, agree(votes, self._graph_sizes))
+            agreed = Agreed(self._step, agree(votes, self._graph_sizes, self._least_prompt_tokens))
             self._step += 1
             self._vote_d = [None] * len(votes)
             return self._to_all(agreed)

@@ -8,6 +8,7 @@ group at the same endpoint.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 
@@ -38,6 +39,9 @@ from fastdeploy.wire.messages import (
 )
 
 _SPEAK_EVERY_S = 1.0
+_LEAST_SHARE = 8  # of a step's token budget, prompts get so much however little others have
+
+log = logging.getLogger("fastdeploy.group")
 
 
 class CoreGroup:
@@ -52,7 +56,9 @@ class CoreGroup:
         self._hub_channel: HubChannel | None = None
         if config.parallel.data_rank == 0:
             sizes = graph_sizes(config.scheduler.max_seqs) if config.model.device == "cuda" else ()
-            self._hub = Hub(config.parallel.data, self._fingerprint, sizes)
+            limits = config.scheduler
+            least = max(limits.max_batched_tokens // _LEAST_SHARE, 1) if limits.chunked_prefill else None
+            self._hub = Hub(config.parallel.data, self._fingerprint, sizes, least)
             try:
                 self._hub_channel = HubChannel(address.endpoint, address.secret_key, address.public_key)
             except zmq.ZMQError as error:
@@ -82,9 +88,9 @@ class CoreGroup:
         if time.monotonic() - self._started_s > self._address.patience_s:
             raise EngineStartError(self._who_is_late())
 
-    def vote(self, n_tokens: int, *, graph_ok: bool) -> None:
+    def vote(self, n_tokens: int, n_prompt_tokens: int, *, graph_ok: bool) -> None:
         """Say what this core would compute in the next step; `take_agreement` has the answer."""
-        self._channel.send(Vote(self._step, n_tokens, graph_ok))
+        self._channel.send(Vote(self._step, n_tokens, graph_ok, n_prompt_tokens))
         self.step_open = False
 
     def take_agreement(self) -> StepAgreement | None:
@@ -125,6 +131,7 @@ class CoreGroup:
                 case Agreed(step, agreement):
                     assert step == self._step, "an agreement on another step than the one voted for"
                     self._agreement = agreement
+                    log.debug("step %d: %s tokens, %d rows", step, agreement.n_tokens_d, agreement.n_rows)
                     self._step += 1
                     self.step_open = False  # the call may have crossed with this core's vote
                 case GroupStore():

@@ -146,6 +146,13 @@ class Request:
             self.n_target += 1
         return True
 
+    def take_back(self, n_tokens: int, sampled: bool) -> None:
+        """Undo the newest `n_tokens` positions of a grant that no rank has seen, and with them its sample."""
+        if sampled:
+            self.n_in_flight -= 1
+            self.n_target = self.n_planned
+        self.n_planned -= n_tokens
+
     def last_delta(self, reason: FinishReason, error: str | None = None, error_kind: str | None = None) -> TokenDelta:
         """Ends it without a token; `error_kind` is the class in `fastdeploy.errors` that the client is to see."""
         return TokenDelta(

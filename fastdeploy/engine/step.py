@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from fastdeploy.engine.request import Request
 from fastdeploy.wire.messages import SlotStart, StepPlan
 
@@ -14,6 +16,41 @@ class PlannedStep:
 
     plan: StepPlan
     requests: list[Request]
+
+
+def is_decode(n_tokens: int, samples: bool) -> bool:
+    """Whether a grant is the next token of a sequence rather than a piece of a prompt."""
+    return samples and n_tokens == 1
+
+
+def trimmed(planned: PlannedStep, n_tokens: int) -> PlannedStep:
+    """The step with `n_tokens` tokens at most, which the ranks have not seen; what is cut off is planned again later.
+
+    Prompts stand last in a plan, those that came last at its end: they lose their tokens first.
+    """
+    plan = planned.plan
+    n_surplus = sum(plan.n_tokens) - n_tokens
+    if n_surplus <= 0:
+        return planned
+    n_kept, samples = list(plan.n_tokens), list(plan.samples)
+    for i in range(len(n_kept) - 1, -1, -1):
+        n_cut = min(n_kept[i], n_surplus)
+        if n_cut and planned.requests[i].alive:  # an aborted one has forgotten its plans
+            planned.requests[i].take_back(n_cut, samples[i])
+        n_kept[i] -= n_cut
+        samples[i] = samples[i] and not n_cut
+        n_surplus -= n_cut
+        if not n_surplus:
+            break
+    kept = [i for i, n in enumerate(n_kept) if n]
+    cut = msgspec.structs.replace(
+        plan,
+        slots=[plan.slots[i] for i in kept],
+        n_tokens=[n_kept[i] for i in kept],
+        samples=[samples[i] for i in kept],
+        new_pages=[plan.new_pages[i] for i in kept],
+    )
+    return PlannedStep(cut, [planned.requests[i] for i in kept])
 
 
 class StepDraft:

@@ -153,8 +153,9 @@ Event: TypeAlias = StepOutput | Withdrawn | LoadProgress | Ready | Status | Engi
 class StepAgreement(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What all ranks of an expert-parallel group know of a step before they enter its collectives; equal on each.
 
-    `n_tokens_d[i]`: tokens that data-parallel rank i computes, 0 for one without work. With `use_graph` each lays out
-    `n_rows` rows, of which its own tokens are the first; without, `n_rows` is the largest of `n_tokens_d`.
+    `n_tokens_d[i]`: tokens that data-parallel rank i computes, at most what it voted for, 0 for one without work. With
+    `use_graph` each lays out `n_rows` rows, of which its own tokens are the first; without, `n_rows` is the largest of
+    `n_tokens_d`.
     """
 
     n_tokens_d: list[int]
@@ -185,6 +186,7 @@ class Vote(_Message, frozen=True):
     step: int
     n_tokens: int
     graph_ok: bool
+    n_prompt_tokens: int = 0  # of these, tokens of prompts, of which it would also take fewer
 
 
 class Alive(_Message, frozen=True):

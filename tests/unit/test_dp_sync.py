@@ -51,6 +51,15 @@ def test_without_graphs_rows_are_those_of_the_busiest() -> None:
     assert agree([Vote(0, 3, True), Vote(0, 0, True)]) == StepAgreement([3, 0], 3, False)
 
 
+def test_prompts_of_a_step_are_as_even_as_they_can_be() -> None:
+    votes = [Vote(0, 1472, False, 1470), Vote(0, 383, False, 383), Vote(0, 9, True)]
+    assert agree(votes, (), 256).n_tokens_d == [385, 383, 9]
+    assert agree(votes, (), 512).n_tokens_d == [514, 383, 9]
+    assert agree(votes, (), None).n_tokens_d == [1472, 383, 9]
+    alone = [Vote(0, 1472, False, 1470), Vote(0, 9, True)]
+    assert agree(alone, (), 256).n_tokens_d == [1472, 9]  # the other waits for it in any case
+
+
 def test_a_step_goes_its_way() -> None:
     hub = complete_hub()
     assert hub.take(b"b", Vote(0, 5, True), 1.0) == [(b"a", StepOpen(0)), (b"c", StepOpen(0))]
