@@ -8,6 +8,7 @@
 #   PORT    port of `make serve`
 #   PREFIX  where `make install` puts the command
 #   QUIET   pip's -q flags; QUIET= shows all that pip says
+#   WORKERS processes that run tests; many tests wait more than they compute, so more than there are cores
 #   ARGS    more arguments for demo, serve, test (pytest) and bench
 
 CANDIDATES := python3.11 python3.12 python3 python
@@ -17,6 +18,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 QUIET ?= -qq
 PORT ?= 8180
 PREFIX ?= /usr/local
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install $(QUIET) -c $(VENV)/constraints.txt
@@ -38,7 +40,7 @@ serve: $(VENV)/.run ## the same model on http://127.0.0.1:8180 (PORT=...) until 
 
 test: lint ## format, lint, types, all tests
 	@$(BIN)/fastdeploy demo-model >/dev/null
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev ## format, lint and types only
 	@$(BIN)/ruff format --check .

@@ -18,7 +18,7 @@ from dp_exchange import agreement_us, exchange_us
 from engine_process import EngineProcess
 from engines import LOAD_TIMEOUT_S, add_common_flags, common_settings, fastdeploy, measure, result_path
 from report import Report, compare, equal_tokens
-from workload import PromptMaker
+from workload import PromptMaker, Workload
 
 from fastdeploy.config.model_shape import read_model_shape
 from fastdeploy.demo.model import build_demo_model
@@ -40,10 +40,13 @@ def main() -> None:
     report = Report(NAME, "One rank, and data-parallel ranks with one thread each", common_settings(flags))
     model = build_demo_model(form="moe")
     n_ranks = flags.threads
-    workload = PromptMaker(model).mixed(
-        "mixed", N_REQUESTS, (16, 64 if flags.quick else 256), (4, 16) if flags.quick else (16, 128)
-    )
-    report.settings["workloads"] = {workload.name: workload.describe()}
+    maker = PromptMaker(model)
+    longest = (64, 16) if flags.quick else (256, 128)
+    cases = [
+        maker.uniform("equal", N_REQUESTS, longest[0] // 2, longest[1] // 2),
+        maker.mixed("mixed", N_REQUESTS, (16, longest[0]), (4 if flags.quick else 16, longest[1])),
+    ]
+    report.settings["workloads"] = {workload.name: workload.describe() for workload in cases}
     one = fastdeploy(model, flags, MAX_SEQS)
     flags.threads = 1
     ranks = {"data_parallel_size": n_ranks, "num_gpu_blocks_override": 512}
@@ -52,29 +55,38 @@ def main() -> None:
         f"DP={n_ranks}, EP={n_ranks}": fastdeploy(model, flags, MAX_SEQS, enable_expert_parallel=True, **ranks),
         f"DP={n_ranks}, replicas": fastdeploy(model, flags, MAX_SEQS, **ranks),
     }
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
     try:
         for name, engine in engines.items():
             engine.start(LOAD_TIMEOUT_S)
             report.versions[name] = engine.description
-            engine.generate(workload.prompts, [min(n, 4) for n in workload.n_outputs])
-        pids = [engine.pid for engine in engines.values()]
-        for i in range(flags.rounds):
-            for name, engine in engines.items():
-                one_round = partial(measure, report, workload, engine, pids, form=name, round=i)
-                results[name].append(report.undisturbed(one_round, flags.tries))
+        for workload in cases:
+            run_case(report, workload, engines, flags)
     finally:
         for engine in engines.values():
             engine.close()
-    (peer_name, peer), *others = results.items()
-    for name, ours in others:
-        rates = [r["output_tokens_per_s"] for r in ours], [r["output_tokens_per_s"] for r in peer]
-        target = TARGET if "EP" in name else None
-        report.summary.append(compare(f"{N_REQUESTS} requests, {name}", "output tokens/s", rates[0], peer_name, rates[1], target))
-        agreement = equal_tokens(ours[0]["token_ids"], peer[0]["token_ids"])
-        report.notes.append(f"{name}: {agreement['answers_equal']} of {agreement['answers']} greedy answers equal one rank's")
     note_costs(report, n_ranks, str(model))
     report.finish(result_path(flags, NAME))
+
+
+def run_case(report: Report, workload: Workload, engines: dict[str, EngineProcess], flags: argparse.Namespace) -> None:
+    """All rounds of one workload, the engines in turns, and their lines of the summary."""
+    pids = [engine.pid for engine in engines.values()]
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
+    for engine in engines.values():
+        engine.generate(workload.prompts, [min(n, 4) for n in workload.n_outputs])
+    for i in range(flags.rounds):
+        for name, engine in engines.items():
+            one_round = partial(measure, report, workload, engine, pids, form=name, round=i)
+            results[name].append(report.undisturbed(one_round, flags.tries))
+    (peer_name, peer), *others = results.items()
+    for name, ours in others:
+        what = f"{N_REQUESTS} {workload.name} requests, {name}"
+        rates = [[r["output_tokens_per_s"] for r in rounds] for rounds in (ours, peer)]
+        target = TARGET if "EP" in name else None
+        report.summary.append(compare(what, "output tokens/s", rates[0], peer_name, rates[1], target))
+        agreement = equal_tokens(ours[0]["token_ids"], peer[0]["token_ids"])
+        n_equal, n_answers = agreement["answers_equal"], agreement["answers"]
+        report.notes.append(f"{workload.name}, {name}: {n_equal} of {n_answers} greedy answers equal one rank's")
 
 
 def note_costs(report: Report, n_ranks: int, model: str) -> None:
