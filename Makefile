@@ -54,7 +54,8 @@ install: $(VENV)/.run ## put the command `fastdeploy` into PREFIX/bin; it runs f
 	@mkdir -p "$(DESTDIR)$(PREFIX)/bin"
 	@printf '#!/bin/sh\nexec "%s" -m fastdeploy.entrypoints.cli "$$@"\n' "$(abspath $(BIN))/python" \
 		> "$(DESTDIR)$(PREFIX)/bin/fastdeploy"
-	@chmod 755 "$(DESTDIR)$(PREFIX)/bin/fastdeploy"
+	@printf '#!/bin/sh\nexec "%s" "$$@"\n' "$(abspath $(BIN))/fd-router" > "$(DESTDIR)$(PREFIX)/bin/fd-router"
+	@chmod 755 "$(DESTDIR)$(PREFIX)/bin/fastdeploy" "$(DESTDIR)$(PREFIX)/bin/fd-router"
 	@echo "installed $(DESTDIR)$(PREFIX)/bin/fastdeploy: $$("$(DESTDIR)$(PREFIX)/bin/fastdeploy" --version)"
 
 clean: ## remove what was installed and cached here (not the models in the cache folder)

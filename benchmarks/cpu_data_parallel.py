@@ -4,8 +4,9 @@
     python benchmarks/cpu_data_parallel.py --quick    # smoke check
 
 One rank with `--threads` threads is the peer of as many data-parallel ranks with one thread each, with and without
-expert parallelism. The engines run in processes of their own that stay alive, and take turns. Beside the throughput, what
-it costs that ranks agree on each step and exchange rows: both are measured between two processes that do nothing else.
+expert parallelism. The engines run in processes of their own that stay alive, and take turns. Beside the throughput,
+what it costs that ranks agree on each step and exchange rows: both are measured between two processes that do nothing
+else.
 """
 
 from __future__ import annotations

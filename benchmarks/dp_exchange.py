@@ -1,6 +1,6 @@
 """What ranks pay for being several, alone: the agreement on a step, and one dispatch and combine.
 
-    python benchmarks/dp_exchange.py [RANKS ...]     # prints microseconds for 1, 8, 64 and 512 rows a rank
+python benchmarks/dp_exchange.py [RANKS ...]     # prints microseconds for 1, 8, 64 and 512 rows a rank
 """
 
 from __future__ import annotations
@@ -90,9 +90,7 @@ def _vote(pipe: Connection, config: EngineConfig, address: GroupAddress, rank: i
     pipe.send(statistics.median(took_us[20:]))
 
 
-def _exchange(
-    pipe: Connection, parallel: ParallelConfig, rank: int, n_rows: int, shape: ModelShape, name: str
-) -> None:
+def _exchange(pipe: Connection, parallel: ParallelConfig, rank: int, n_rows: int, shape: ModelShape, name: str) -> None:
     import torch
 
     from fastdeploy.distributed import groups

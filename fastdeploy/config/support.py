@@ -52,7 +52,6 @@ NOT_YET: Mapping[str, str] = MappingProxyType(
         "eplb_config": "leave it out: experts stay on the ranks they start on",
         # disaggregation and scheduling across servers
         "splitwise_role": "use mixed",
-        "router": "leave it out and list the server at the balancer by hand",
         "innode_prefill_ports": _MIXED,
         "scheduler_name": _LOCAL,
         "scheduler_host": _LOCAL,

@@ -5,6 +5,7 @@
 | fastdeploy.log | everything, from every process |
 | api_server.log | what the front end logs: start arguments, requests |
 | multi_api_server.log | what the supervisor of several servers logs |
+| router.log | what fd-router logs |
 | console.log | start-up and status lines, as on the console |
 | workerlog.<n> | what rank n logs |
 
@@ -31,7 +32,8 @@ ROOT = "fastdeploy"
 CONSOLE = "fastdeploy.console"  # logger of what belongs in console.log
 CONSOLE_FILE = "console.log"
 DEFAULT_DAYS_KEPT = 7
-PARENTS = ("api_server", "multi_api_server")  # the root of a tree of processes: its console is what people watch
+# Roots of process trees: their console is what people watch.
+PARENTS = ("api_server", "multi_api_server", "router")
 
 
 class DailyFileHandler(logging.Handler):

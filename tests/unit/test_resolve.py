@@ -234,7 +234,6 @@ def test_environment(model: str) -> None:
         ({"data_parallel_size": 2, "local_data_parallel_id": 2}, ["--local-data-parallel-id 2: ", "0..1"]),
         ({"quantization": "wint4"}, ["--quantization wint4: not supported yet: "]),
         ({"splitwise_role": "decode"}, ["--splitwise-role decode: not supported yet: ", "mixed"]),
-        ({"router": "h:1"}, ["--router h:1: not supported yet: "]),
         ({"guided_decoding_backend": "xgrammar"}, ["--guided-decoding-backend xgrammar: not supported yet: "]),
         ({"speculative_config": {"method": "mtp"}}, ["--speculative-config: not supported yet: "]),
         ({"dynamic_load_weight": True}, ["--dynamic-load-weight: not supported yet: "]),
@@ -251,7 +250,7 @@ def test_one_contradiction_is_one_line(model: str, kwargs: dict[str, Any], parts
 
 
 def test_all_contradictions_are_reported_together(model: str) -> None:
-    lines = problems(model=model, max_num_seqs=0, max_logprobs=-5, router="x", max_model_len=9999, threads=0)
+    lines = problems(model=model, max_num_seqs=0, max_logprobs=-5, splitwise_role="decode", max_model_len=9999, threads=0)
     assert len(lines) == 5
 
 

@@ -92,7 +92,10 @@ async def _serve(
     from fastdeploy.frontend.launch import running_generator
     from fastdeploy.frontend.tokenizer import load_tokenizer
     from fastdeploy.observability.startup import StartupReport, Throughput
+    from fastdeploy.router.registration import keep_registered, router_addresses
 
+    routers = router_addresses(engine.router) if engine.router else ()
+    registration: list[asyncio.Task[None]] = []
     state = make_state(server, engine, config, environ)
     report, throughput = StartupReport(), Throughput()
     console = logging.getLogger(CONSOLE)
@@ -122,12 +125,20 @@ async def _serve(
     def on_up(generator: Generator) -> None:
         report.on_ready(config, generator.ready, address_of(sockets[0]))
         announce(Up())
+        if routers:
+            host, port = sockets[0].getsockname()[:2]
+            metrics_port = sockets[-1].getsockname()[1]
+            work = keep_registered(routers, host, port, metrics_port, lambda: state.health() is None)
+            registration.append(asyncio.create_task(work))
 
     apps = [create_app(state)] + [create_metrics_app(state) for _ in sockets[1:]]
     http = HttpServer(state, list(zip(apps, sockets, strict=True)), server.timeout_graceful_shutdown)
     try:
         return await http.run(engine_context, on_up)
     finally:
+        for task in registration:
+            task.cancel()
+            await asyncio.wait([task])
         report.close()
 
 

@@ -1,0 +1,260 @@
+"""What the router costs: requests and stream events through it, against the same without it, on the same cores.
+
+    python benchmarks/router_relay.py
+
+One client, one made-up server (uvloop and httptools, constant bytes) and the router, each one process. Rounds with and
+without the router take turns, and with nginx too where it is installed (one worker, buffering off, kept connections).
+Three loads, closed loop: one connection (latency), N connections with a small JSON answer, and N streams of 64 events
+written one by one. `cpu_us` is CPU time of the proxy's processes per request or event; 1e6 / cpu_us is what one core
+can do when nothing else runs on it. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httptools
+import uvloop
+from machine import cpu_s, hardware
+from report import own_versions, shown_command
+
+from fastdeploy.bench.connection import Collected, HttpClient
+
+N_EVENTS = 64
+BODY = json.dumps({"messages": [{"role": "user", "content": "word " * 40}], "max_tokens": 64}).encode()
+STREAM_BODY = BODY[:-1] + b', "stream": true}'
+PATH = "/v1/chat/completions"
+ANSWER = json.dumps({"id": "x", "choices": [{"index": 0, "message": {"content": "y" * 200}}]}).encode()
+EVENT = b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"word"},"finish_reason":null}]}\n\n'
+DIRECT, ROUTER, NGINX = "direct", "router", "nginx"
+NGINX_CONF = """
+daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;
+events {{ worker_connections 1024; }}
+http {{
+  access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+  fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+  upstream servers {{ server 127.0.0.1:{upstream}; keepalive 128; }}
+  server {{
+    listen 127.0.0.1:{port}; keepalive_requests 1000000;
+    proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
+    location / {{ proxy_pass http://servers; }}
+  }}
+}}
+"""
+
+
+class _Upstream(asyncio.Protocol):
+    """The made-up server: one connection."""
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self._parser = httptools.HttpRequestParser(self)
+        self._n_body = 0
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_body(self, body: bytes) -> None:
+        self._n_body += len(body)
+
+    def on_message_complete(self) -> None:
+        is_stream, self._n_body = self._n_body == len(STREAM_BODY), 0
+        if not is_stream:
+            head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(ANSWER)
+            self._transport.write(head + ANSWER)
+            return
+        self._transport.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
+        asyncio.get_running_loop().call_soon(self._event, 0)
+
+    def _event(self, i: int) -> None:
+        if i == N_EVENTS:
+            self._transport.write(b"0\r\n\r\n")
+            return
+        self._transport.write(b"%x\r\n%b\r\n" % (len(EVENT), EVENT))
+        asyncio.get_running_loop().call_soon(self._event, i + 1)
+
+
+async def _serve_upstream() -> None:
+    server = await asyncio.get_running_loop().create_server(_Upstream, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+@contextmanager
+def child(command: list[str], folder: Path, **more: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that ends with the context."""
+    env = {**os.environ, "FD_LOG_DIR": str(folder / "log")}
+    process = subprocess.Popen(command, text=True, env=env, **more)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+
+
+def _start_router(stack: ExitStack, folder: Path, upstream: int, policy: str) -> tuple[int, int]:
+    """Port and process id of a router that knows the server."""
+    command = [sys.executable, "-m", "fastdeploy.router.launch", "--host", "127.0.0.1", "--port", "0"]
+    process = stack.enter_context(child([*command, "--policy", policy], folder, stderr=subprocess.PIPE))
+    assert process.stderr is not None
+    found = None
+    while found is None:
+        line = process.stderr.readline()
+        if not line:
+            raise RuntimeError("the router ended")
+        found = re.search(r"Starting server on http://127.0.0.1:(\d+),", line)
+    record = json.dumps({"role": "mixed", "host_ip": "127.0.0.1", "port": upstream}).encode()
+    url = f"http://127.0.0.1:{found[1]}/register"
+    request = urllib.request.Request(url, record, {"content-type": "application/json"})
+    for _ in range(100):
+        with suppress(OSError), urllib.request.urlopen(request, timeout=10) as answer:
+            assert answer.status == 200
+            return int(found[1]), process.pid
+        time.sleep(0.05)
+    raise RuntimeError("the router does not take the server")
+
+
+def _start_nginx(stack: ExitStack, folder: Path, upstream: int, program: str) -> tuple[int, int]:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    conf = folder / "nginx.conf"
+    conf.write_text(NGINX_CONF.format(folder=folder, upstream=upstream, port=port))
+    process = stack.enter_context(child([program, "-c", str(conf)], folder))
+    for _ in range(100):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return port, process.pid
+        time.sleep(0.05)
+    raise RuntimeError("nginx does not listen")
+
+
+async def _load(port: int, body: bytes, concurrency: int, seconds: float) -> list[float]:
+    """Latencies, in seconds, of requests sent one after the other on each of the connections."""
+    client = HttpClient(f"127.0.0.1:{port}", None, 60.0)
+    latencies: list[float] = []
+    end_s = time.perf_counter() + seconds
+
+    async def one() -> None:
+        while (began_s := time.perf_counter()) < end_s:
+            sink = Collected()
+            status, _ = await client.post(PATH, body, sink)
+            if status != 200 or not sink.data:
+                raise RuntimeError(f"status {status}")
+            latencies.append(time.perf_counter() - began_s)
+
+    async with client.watched():
+        await asyncio.gather(*(one() for _ in range(concurrency)))
+    return latencies
+
+
+def measure_one(port: int, pid: int | None, concurrency: int, seconds: float) -> dict[str, float]:
+    """One round of the three loads."""
+    figures: dict[str, float] = {}
+    loads = (("c1", BODY, 1, 1), ("json", BODY, concurrency, 1), ("events", STREAM_BODY, concurrency, N_EVENTS))
+    for name, body, n_connections, n_each in loads:
+        uvloop.run(_load(port, body, n_connections, 0.2))
+        before_s, began_s = cpu_s(pid) if pid else 0.0, time.perf_counter()
+        latencies = sorted(uvloop.run(_load(port, body, n_connections, seconds)))
+        took_s, used_s = time.perf_counter() - began_s, (cpu_s(pid) if pid else 0.0) - before_s
+        n = len(latencies) * n_each
+        figures[f"{name}_per_s"] = n / took_s
+        figures[f"{name}_p50_ms"] = latencies[len(latencies) // 2] * 1e3
+        figures[f"{name}_p99_ms"] = latencies[int(len(latencies) * 0.99)] * 1e3
+        if pid:
+            figures[f"{name}_cpu_us"] = used_s / n * 1e6
+    return figures
+
+
+def measure(flags: argparse.Namespace) -> dict[str, Any]:
+    """All rounds, their medians, and the ratios."""
+    rounds: dict[str, list[dict[str, float]]] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        command = [sys.executable, __file__, "--serve-upstream"]
+        upstream = stack.enter_context(child(command, folder, stdout=subprocess.PIPE))
+        assert upstream.stdout is not None
+        port = int(upstream.stdout.readline())
+        targets: dict[str, tuple[int, int | None]] = {DIRECT: (port, None)}
+        targets[ROUTER] = _start_router(stack, folder, port, flags.policy)
+        if nginx := shutil.which("nginx"):
+            targets[NGINX] = _start_nginx(stack, folder, port, nginx)
+        for _ in range(flags.rounds):
+            for name, (target_port, pid) in targets.items():
+                figures = measure_one(target_port, pid, flags.concurrency, flags.seconds)
+                rounds.setdefault(name, []).append(figures)
+    medians = {name: {key: statistics.median(r[key] for r in of) for key in of[0]} for name, of in rounds.items()}
+    return {"medians": _rounded(medians), "ratios": _rounded(_ratios(medians)), "rounds": _rounded(rounds)}
+
+
+def _ratios(medians: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The router's figures over those of the others; latency it adds."""
+    ours, ratios = medians[ROUTER], {}
+    for name in medians.keys() - {ROUTER}:
+        for key in ("json_per_s", "events_per_s"):
+            ratios[f"{key} of {name}"] = ours[key] / medians[name][key]
+    ratios["added_ms_c1_p50"] = ours["c1_p50_ms"] - medians[DIRECT]["c1_p50_ms"]
+    ratios["requests_per_s_per_core"] = 1e6 / ours["json_cpu_us"]
+    ratios["events_per_s_per_core"] = 1e6 / ours["events_cpu_us"]
+    return ratios
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.4g}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", default="request_num", help="of the router (default: %(default)s)")
+    parser.add_argument("--concurrency", type=int, default=32, help="connections (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each load (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="also write the JSON there")
+    parser.add_argument("--serve-upstream", action="store_true", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.serve_upstream:
+        with suppress(KeyboardInterrupt):
+            uvloop.run(_serve_upstream())
+        return 0
+    found = {
+        "benchmark": "router_relay",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "hardware": hardware(),
+        "versions": own_versions(),
+        "command": shown_command(sys.argv),
+        "load_average_at_start": round(os.getloadavg()[0], 2),
+        **measure(flags),
+    }
+    text = json.dumps(found, indent=1, default=str)
+    print(text)
+    if flags.output:
+        flags.output.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
