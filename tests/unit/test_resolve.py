@@ -250,7 +250,9 @@ def test_one_contradiction_is_one_line(model: str, kwargs: dict[str, Any], parts
 
 
 def test_all_contradictions_are_reported_together(model: str) -> None:
-    lines = problems(model=model, max_num_seqs=0, max_logprobs=-5, splitwise_role="decode", max_model_len=9999, threads=0)
+    lines = problems(
+        model=model, max_num_seqs=0, max_logprobs=-5, splitwise_role="decode", max_model_len=9999, threads=0
+    )
     assert len(lines) == 5
 
 
