@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch: several threads on busy cores only wait
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# A shell lets background jobs ignore Ctrl-C, and what they start too; the processes under test are to hear it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TinyModel = Callable[..., Path]
 

@@ -25,7 +25,8 @@ def test_a_server_with_the_flag_comes_and_goes(tiny_model: Callable[..., Path], 
             server.popen.terminate()
             assert server.end() == 0
             assert router.n_servers() == 0
-            assert "it said so" in router.console
+            # It says good-bye, unless a health check met it while it was going.
+            assert f"removed mixed instance: {server.url}" in router.console
             assert f"registered at router 127.0.0.1:{router.port}" in server.console
     finally:
         router.kill()
