@@ -23,7 +23,7 @@ MODULE = "fastdeploy.entrypoints.openai.multi_api_server"
 CHILD = "fastdeploy.entrypoints.supervise.child_main"
 ROW = re.compile(r"(\d)  +(http://\S+)  +(http://\S+)/metrics  +(\d+)  +(\S+)$", re.MULTILINE)
 BACK = re.compile(r"server (\d) is back at (http://\S+), pid (\d+)")
-MAX_LEN = 4096
+MAX_LEN = 16384
 
 
 class Group(Process):
@@ -168,7 +168,7 @@ def test_sigterm_lets_requests_finish(model: Path, tmp_path: Path) -> None:
 def test_second_signal_ends_requests(model: Path, tmp_path: Path) -> None:
     with group(model, tmp_path / "run", "--ports", "0,0") as servers:
         servers.wait_ready()
-        streams = [Stream(url) for url in servers.urls]
+        streams = [Stream(url, max_tokens=MAX_LEN - 100) for url in servers.urls]
         assert all(stream.began.wait(PATIENCE_S) for stream in streams)
         servers.popen.send_signal(signal.SIGINT)
         wait_for(lambda: "shutting down" in servers.console)

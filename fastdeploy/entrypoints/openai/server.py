@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -19,6 +18,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fastdeploy.entrypoints.openai.state import ServerState
+from fastdeploy.entrypoints.stop_signals import StopSignals
 from fastdeploy.errors import ConfigError
 from fastdeploy.observability.logs import CONSOLE
 
@@ -71,35 +71,6 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-class _Signals:
-    """Counts SIGTERM and SIGINT; the handlers are there while the context is."""
-
-    def __init__(self) -> None:
-        self.n = 0
-        self._came = asyncio.Event()
-
-    def __enter__(self) -> _Signals:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-
-    def _note(self) -> None:
-        self.n += 1
-        self._came.set()
-
-    async def wait_for(self, n: int) -> None:
-        """Until `n` signals came."""
-        while self.n < n:
-            self._came.clear()
-            await self._came.wait()
-
-
 class HttpServer:
     """The HTTP side of one engine, from the first byte served to the last."""
 
@@ -120,7 +91,7 @@ class HttpServer:
         engine = asyncio.create_task(self._hold_engine(start_engine, on_up))
         in_order = True
         try:
-            with _Signals() as signals:
+            with StopSignals() as signals:
                 await _any_of([engine, *serving], signals.wait_for(1))
                 if signals.n:
                     in_order = await self._drain(engine, signals)
@@ -140,7 +111,7 @@ class HttpServer:
                 raise death.result()
             death.cancel()
 
-    async def _drain(self, engine: asyncio.Task[None], signals: _Signals) -> bool:
+    async def _drain(self, engine: asyncio.Task[None], signals: StopSignals) -> bool:
         """Takes no requests any more, lets the running ones finish, aborts what is left. False when told to hurry."""
         state = self._state
         state.closing = "the server is shutting down"

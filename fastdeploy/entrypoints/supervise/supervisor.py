@@ -7,9 +7,9 @@ import logging
 import signal
 from collections.abc import Sequence
 
+from fastdeploy.entrypoints.stop_signals import StopSignals
 from fastdeploy.entrypoints.supervise.plan import GroupPlan
 from fastdeploy.entrypoints.supervise.report import StartReport
-from fastdeploy.entrypoints.supervise.signals import StopSignals
 from fastdeploy.entrypoints.supervise.supervised import SupervisedServer
 from fastdeploy.errors import FastDeployError
 from fastdeploy.observability.logs import CONSOLE
