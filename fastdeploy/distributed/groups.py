@@ -79,6 +79,18 @@ class Group:
         return [f"rank {first + i}" for i in range(self.where.n_tensor)]
 
 
+class Meeting(Protocol):
+    """How one rank meets the others of its group."""
+
+    def store(self) -> Store:
+        """The store of the group, for which nobody else needs to have come yet."""
+        ...
+
+    def join(self) -> Group:
+        """The group, once all ranks have come."""
+        ...
+
+
 def open_store(parallel: ParallelConfig, number: int) -> tuple[TCPStore, str, int]:
     """(the store, its host, its port) at which the group of rank `number`, its first one, meets.
 
@@ -110,7 +122,7 @@ def join(
     patience_s: float = JOIN_PATIENCE_S,
     on_wait: Callable[[int, int], None] = lambda *_: None,
 ) -> Group:
-    """Meet the other ranks of the group at the store on `host` and `port`; the rank that opened it gives `store`.
+    """Meet the other ranks of the group at the store on `host` and `port`; who has opened or reached it gives `store`.
 
     `on_wait(n_came, n_ranks)` is called about once a second. Raises EngineStartError that names the ranks that did not
     come within `patience_s`.
@@ -119,7 +131,7 @@ def join(
     if where.group_size == 1:
         return Group(where, device)
     if store is None:
-        store = _reach_store(number, host, port, patience_s)
+        store = reach_store(number, host, port, patience_s)
     numbers = topology.numbers_of_group(parallel, number)
     store.set(_HERE.format(number), "")
     _wait_for_all(store, parallel, number, patience_s, on_wait)
@@ -139,7 +151,8 @@ def join(
     )
 
 
-def _reach_store(number: int, host: str, port: int, patience_s: float) -> TCPStore:
+def reach_store(number: int, host: str, port: int, patience_s: float = JOIN_PATIENCE_S) -> TCPStore:
+    """The store that the first rank of the group opened. Raises EngineStartError when it cannot be reached."""
     try:
         return TCPStore(host, port, None, False, timedelta(seconds=patience_s), False)
     except RuntimeError as exc:

@@ -66,6 +66,15 @@ def numbers_of_group(parallel: ParallelConfig, number: int) -> range:
     return range(first, first + parallel.tensor)
 
 
+def numbers_with_equal_weights(parallel: ParallelConfig, number: int) -> range:
+    """The ranks of one group and machine that hold the same weights as rank `number`, but for their experts."""
+    if not parallel.expert:
+        return range(number, number + 1)
+    n_here = ranks_per_host(parallel)
+    begin = number // n_here * n_here
+    return range(begin + number % parallel.tensor, begin + n_here, parallel.tensor)
+
+
 def ranks_per_host(parallel: ParallelConfig) -> int:
     """Ranks, and so devices, of each machine."""
     return parallel.n_ranks // len(parallel.hosts)

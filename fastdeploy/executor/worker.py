@@ -33,6 +33,11 @@ from fastdeploy.wire.messages import (
 )
 
 if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    from fastdeploy.config.schema import EngineConfig
+    from fastdeploy.distributed.groups import Group
+    from fastdeploy.runner.build import Report
     from fastdeploy.runner.model_runner import ModelRunner
 
 _HEARTBEAT_S = 1.0
@@ -111,27 +116,16 @@ def _serve(boot: RankBoot, link: CoreLink) -> None:
         _take_gpu(topology.local_device(parallel, boot.number), boot.number)
     started = time.monotonic()
     report = _progress_reporter(link)
-    store = None
     where = topology.position(parallel, boot.number)
-    if where.group_size > 1 and where.group_rank == 0:
-        store, host, port = groups.open_store(parallel, boot.number)
-        link.send(GroupStore(host, port))
-
-    def join() -> groups.Group:
-        meeting = _wait_for_meeting(link, boot.number, report)
-        device = torch.device(config.model.device)
-        return groups.join(
-            parallel,
-            boot.number,
-            device,
-            meeting.host,
-            meeting.port,
-            store,
-            on_wait=lambda n_came, n_ranks: report("group", n_came, n_ranks, "ranks"),
-        )
-
+    meeting = None
+    if where.group_size > 1:
+        store = None
+        if where.group_rank == 0:
+            store, host, port = groups.open_store(parallel, boot.number)
+            link.send(GroupStore(host, port))
+        meeting = _Meeting(config, boot.number, link, report, store)
     exchange = os.environ.get("FD_ALL_TO_ALL") or None
-    runner, stages_s = build_runner(config, report, number=boot.number, join=join, exchange=exchange)
+    runner, stages_s = build_runner(config, report, number=boot.number, meeting=meeting, exchange=exchange)
     warm_s = time.monotonic()
     runner.warm_up()
     stages_s = {"torch": round(started - _process_start_s(), 2), **stages_s}
@@ -199,24 +193,62 @@ def _take_gpu(index: int, number: int) -> None:
     torch.cuda.set_device(index)
 
 
-def _wait_for_meeting(link: CoreLink, number: int, report: Callable[[str, int, int, str], None]) -> JoinGroup:
-    """Where the ranks of the group meet, which the core says as soon as it knows."""
-    deadline_s = time.monotonic() + _MEETING_PATIENCE_S
-    while time.monotonic() < deadline_s:
-        try:
-            command = link.receive(1.0)
-        except queue.Empty:
-            report("group", 0, 0, "ranks")
-            continue
-        if isinstance(command, JoinGroup):
-            return command
-        if isinstance(command, Stop):
-            raise EngineStartError(f"rank {number}: stopped before its group met")
-        raise EngineStartError(f"rank {number}: got a {type(command).__name__} before its group met")
-    raise EngineStartError(
-        f"rank {number}: waited {_MEETING_PATIENCE_S:.0f} s to hear where the ranks of its group meet; the first of "
-        f"them did not start: see the log of rank 0"
-    )
+class _Meeting:
+    """Where the ranks of the group meet, which the core says as soon as it knows; implements groups.Meeting."""
+
+    def __init__(
+        self, config: EngineConfig, number: int, link: CoreLink, report: Report, store: TCPStore | None
+    ) -> None:
+        """`store`: of the rank that opened it."""
+        self._config = config
+        self._number = number
+        self._link = link
+        self._report = report
+        self._store = store
+        self._address: JoinGroup | None = None
+
+    def store(self) -> TCPStore:
+        from fastdeploy.distributed import groups
+
+        if self._store is None:
+            self._address = self._wait_for_address()
+            self._store = groups.reach_store(self._number, self._address.host, self._address.port)
+        return self._store
+
+    def join(self) -> Group:
+        import torch
+
+        from fastdeploy.distributed import groups
+
+        store = self.store()
+        address = self._address or self._wait_for_address()
+        return groups.join(
+            self._config.parallel,
+            self._number,
+            torch.device(self._config.model.device),
+            address.host,
+            address.port,
+            store,
+            on_wait=lambda n_came, n_ranks: self._report("group", n_came, n_ranks, "ranks"),
+        )
+
+    def _wait_for_address(self) -> JoinGroup:
+        deadline_s = time.monotonic() + _MEETING_PATIENCE_S
+        while time.monotonic() < deadline_s:
+            try:
+                command = self._link.receive(1.0)
+            except queue.Empty:
+                self._report("group", 0, 0, "ranks")
+                continue
+            if isinstance(command, JoinGroup):
+                return command
+            if isinstance(command, Stop):
+                raise EngineStartError(f"rank {self._number}: stopped before its group met")
+            raise EngineStartError(f"rank {self._number}: got a {type(command).__name__} before its group met")
+        raise EngineStartError(
+            f"rank {self._number}: waited {_MEETING_PATIENCE_S:.0f} s to hear where the ranks of its group meet; the "
+            f"first of them did not start: see the log of rank 0"
+        )
 
 
 def _beat(link: CoreLink, runner: ModelRunner) -> None:
@@ -225,7 +257,7 @@ def _beat(link: CoreLink, runner: ModelRunner) -> None:
         time.sleep(_HEARTBEAT_S)
 
 
-def _progress_reporter(link: CoreLink) -> Callable[[str, int, int, str], None]:
+def _progress_reporter(link: CoreLink) -> Report:
     def report(stage: str, done: int, total: int, unit: str) -> None:
         link.send(LoadProgress(stage, done, total, unit))
 

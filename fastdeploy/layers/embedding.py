@@ -42,13 +42,17 @@ class Embedding(nn.Module):
     def load(self, weights: WeightSource, name: str) -> None:
         """Fill from this rank's rows of `NAME.weight`, [V, H]."""
         mine = CutWeights(weights, {name.rpartition(".")[2]: Cut(0, self.first_row, self.n_rows)})
+        self.table_VH = self.place.weights.keep(lambda: self._read(mine, name))
+
+    def _read(self, mine: WeightSource, name: str) -> Tensor:
+        """The table in memory of its own."""
         stored_VH = mine.require(f"{name}.weight", (self.n_local, self.size)).read()
         # On a CPU the table is only looked up, so half-precision rows stay small; a GPU also multiplies with it.
         dtype = (
             stored_VH.dtype if self.place.device.type == "cpu" and stored_VH.dtype.itemsize == 2 else self.place.dtype
         )
-        self.table_VH = torch.empty(stored_VH.shape, dtype=dtype, device=self.place.device)
-        self.table_VH.copy_(stored_VH)
+        table_VH = torch.empty(stored_VH.shape, dtype=dtype, device=self.place.device)
+        return table_VH.copy_(stored_VH)
 
     def n_bytes(self) -> int:
         """Bytes of the table."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastdeploy.layers.matmul import Matmul, make_matmul, stored_dtype
+from fastdeploy.layers.matmul import Matmul, load_matmul, make_matmul, stored_dtype
 from fastdeploy.layers.placement import Placement
 from fastdeploy.models.weights import WeightSource
 
@@ -45,21 +45,25 @@ class Linear(nn.Module):
         Raises CheckpointError when a tensor is missing or has another shape.
         """
         orders = list(row_orders) or [None] * len(names)
+        if self.bias is not None:
+            parts = zip(self.bias.split(self.out_sizes), names, orders, strict=True)
+            for part_O, name, order in parts:
+                stored_O1 = weights.require(f"{name}.bias", tuple(part_O.shape)).read()[:, None]
+                part_O.copy_((order(stored_O1) if order else stored_O1)[:, 0])
+        self.matmul = load_matmul(lambda: self._read(weights, names, orders), sum(self.out_sizes), self.place)
+
+    def _read(self, weights: WeightSource, names: Sequence[str], orders: Sequence[RowOrder | None]) -> Tensor:
+        """The whole weight [out, in]."""
         parts = [
             weights.require(f"{name}.weight", (size, self.in_size)).read()
             for name, size in zip(names, self.out_sizes, strict=True)
         ]
         dtype = stored_dtype({part_OI.dtype for part_OI in parts}, self.place)
         weight_OI = torch.empty(sum(self.out_sizes), self.in_size, dtype=dtype, device=self.place.device)
-        row = 0
-        for name, size, order in zip(names, self.out_sizes, orders, strict=True):
+        for rows_OI, order in zip(weight_OI.split(self.out_sizes), orders, strict=True):
             part_OI = parts.pop(0)
-            weight_OI[row : row + size].copy_(order(part_OI) if order else part_OI)
-            if self.bias is not None:
-                part_O1 = weights.require(f"{name}.bias", (size,)).read()[:, None]
-                self.bias[row : row + size].copy_((order(part_O1) if order else part_O1)[:, 0])
-            row += size
-        self.set_weight(weight_OI)
+            rows_OI.copy_(order(part_OI) if order else part_OI)
+        return weight_OI
 
     def set_weight(self, weight_OI: Tensor) -> None:
         """Take a finished weight [out, in] on the layer's device; 16-bit weights stay so where they can."""

@@ -7,6 +7,7 @@ compiler.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdeploy.kernels.cpu.library import WEIGHT_TYPES, kernels_for
-from fastdeploy.kernels.cpu.panels import PanelMatmul
+from fastdeploy.kernels.cpu.panels import PanelMatmul, to_panels
 from fastdeploy.layers.placement import Placement
 
 # Rows for which oneDNN chooses the blocked layout; the layout serves every other row count as well.
@@ -80,11 +81,20 @@ def stored_dtype(part_dtypes: set[torch.dtype], place: Placement) -> torch.dtype
 
 def make_matmul(weight_OI: Tensor, place: Placement) -> Matmul:
     """The weight, of a dtype that `stored_dtype` gives or of another floating-point dtype, ready to multiply."""
+    return load_matmul(lambda: weight_OI, weight_OI.shape[0], place)
+
+
+def load_matmul(read_OI: Callable[[], Tensor], n_out: int, place: Placement) -> Matmul:
+    """The same for a weight [n_out, I] that is read only where it has to be, see `WeightMemory`."""
     if place.device.type != "cpu" or place.dtype != torch.float32:
-        return PlainMatmul(weight_OI.to(place.dtype))
+        return PlainMatmul(place.weights.keep(lambda: read_OI().to(place.dtype)))
     kernels = kernels_for(place.device, place.dtype)
     if kernels is not None:
-        return PanelMatmul(kernels, weight_OI if weight_OI.dtype in WEIGHT_TYPES else weight_OI.float())
+        return PanelMatmul(kernels, place.weights.keep(lambda: _panels_of(read_OI())), n_out)
     if torch.backends.mkldnn.is_available():
-        return OneDnnMatmul(weight_OI.float())
-    return PlainMatmul(weight_OI.float())
+        return OneDnnMatmul(read_OI().float())
+    return PlainMatmul(place.weights.keep(lambda: read_OI().float()))
+
+
+def _panels_of(weight_OI: Tensor) -> Tensor:
+    return to_panels((weight_OI if weight_OI.dtype in WEIGHT_TYPES else weight_OI.float())[None])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from fastdeploy.kernels.cpu.library import kernels_for
-from fastdeploy.kernels.cpu.panels import PanelFFN
+from fastdeploy.kernels.cpu.panels import PanelFFN, to_panels
 from fastdeploy.layers.matmul import stored_dtype
 from fastdeploy.layers.moe.gate import Routing
 from fastdeploy.layers.placement import Placement
@@ -49,6 +50,13 @@ class PackedFFN(nn.Module):
         """
         kernels = kernels_for(self.place.device, self.place.dtype)
         assert kernels is not None, "PackedFFN where it is not available"
+        read = cache(lambda: self._read(weights, names))  # once, and only where it has to be
+        keep = self.place.weights.keep
+        gate, up, down = (keep(partial(_panels_of, read, part)) for part in ("gate", "up", "down"))
+        self.ffn = PanelFFN(kernels, gate, up, down)
+
+    def _read(self, weights: WeightSource, names: Sequence[str]) -> dict[str, Tensor]:
+        """The weights of all FFNs one above the other, [n, M, H] or [n, H, M], in one dtype."""
         up_shape, down_shape = (self.width, self.hidden_size), (self.hidden_size, self.width)
         shapes = {"gate": up_shape, "up": up_shape, "down": down_shape}
         parts = {
@@ -56,9 +64,12 @@ class PackedFFN(nn.Module):
             for part, shape in shapes.items()
         }
         dtype = stored_dtype({tensor.dtype for tensors in parts.values() for tensor in tensors}, self.place)
-        stacked = {part: torch.stack([tensor.to(dtype) for tensor in tensors]) for part, tensors in parts.items()}
-        self.ffn = PanelFFN(kernels, stacked["gate"], stacked["up"], stacked["down"])
+        return {part: torch.stack([tensor.to(dtype) for tensor in tensors]) for part, tensors in parts.items()}
 
     def n_bytes(self) -> int:
         """Bytes of the weights."""
         return 0 if self.ffn is None else self.ffn.n_bytes()
+
+
+def _panels_of(read: Callable[[], dict[str, Tensor]], part: str) -> Tensor:
+    return to_panels(read()[part])

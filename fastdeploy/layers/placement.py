@@ -7,13 +7,18 @@ from dataclasses import dataclass, field
 import torch
 
 from fastdeploy.distributed.collectives import Peers
+from fastdeploy.distributed.shared_weights import OwnMemory, WeightMemory
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Dtype of weights and activations, their device, and the ranks that hold the other parts of the layers."""
+    """Dtype of weights and activations, their device, and the ranks that hold the other parts of the layers.
+
+    `weights` keeps what ranks may have in common; experts that are spread are not.
+    """
 
     dtype: torch.dtype
     device: torch.device
     peers: Peers = field(default_factory=Peers)
+    weights: WeightMemory = field(default_factory=OwnMemory)
     fp8_experts: bool = False  # experts in blocks of 8-bit floats, with a scale each

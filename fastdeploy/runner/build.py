@@ -14,7 +14,8 @@ from fastdeploy.config.schema import EngineConfig, ModelShape
 from fastdeploy.distributed import topology
 from fastdeploy.distributed.all_to_all.base import ExpertRows, exchange_name, make_all_to_all
 from fastdeploy.distributed.collectives import Peers, make_collectives
-from fastdeploy.distributed.groups import Group
+from fastdeploy.distributed.groups import Group, Meeting
+from fastdeploy.distributed.shared_weights import OwnMemory, WeightMemory, weight_memory
 from fastdeploy.distributed.topology import Position
 from fastdeploy.layers.attention.base import AttentionShape, backend_for, make_attention
 from fastdeploy.layers.placement import Placement
@@ -38,20 +39,22 @@ def build_runner(
     report: Report = lambda *_: None,
     *,
     number: int | None = None,
-    join: Callable[[], Group] | None = None,
+    meeting: Meeting | None = None,
     exchange: str | None = None,
 ) -> tuple[ModelRunner, dict[str, float]]:
     """The runner of rank `number` (by default the first of its replica), and the seconds that each stage took.
 
-    `join` is called once the weights are there; a rank by itself needs none. `exchange` names how rows reach experts on
-    other ranks, see `exchange_name`. Raises CheckpointError for unusable weights, ConfigError when pages do not fit
-    into memory, EngineStartError when another rank does not come.
+    `meeting` is of the ranks of its group, joined once the weights are there; a rank by itself has none. `exchange`
+    names how rows reach experts on other ranks, see `exchange_name`. Raises CheckpointError for unusable weights,
+    ConfigError when pages do not fit into memory, EngineStartError when another rank does not come.
     """
     shape, parallel = config.model.shape, config.parallel
     where = topology.position(parallel, parallel.data_rank * parallel.tensor if number is None else number)
     peers = Peers(where)
     fp8_experts = config.model.quantization == "block_wise_fp8"
-    place = Placement(getattr(torch, config.model.dtype), torch.device(config.model.device), peers, fp8_experts)
+    dtype, device = getattr(torch, config.model.dtype), torch.device(config.model.device)
+    memory = _weight_memory(config, where, meeting)
+    place = Placement(dtype, device, peers, memory, fp8_experts)
     heads = AttentionShape(
         n_layers=shape.n_layers,
         n_heads=shape.n_heads // where.n_tensor,
@@ -67,18 +70,25 @@ def build_runner(
         model.count_expert_loads()
     loaded = time.monotonic()
     if where.group_size > 1:
-        assert join is not None, "a rank with others needs a way to join them"
-        _connect(peers, join(), shape, place.dtype, exchange)
+        assert meeting is not None, "a rank with others needs a way to join them"
+        _connect(peers, meeting.join(), shape, place.dtype, exchange)
     joined = time.monotonic()
     # Ranks of one machine share its memory, but each has a GPU of its own.
     n_sharing = topology.ranks_per_host(parallel) if place.device.type == "cpu" else 1
     n_free, n_total = free_bytes(place.device) // n_sharing, total_bytes(place.device) // n_sharing
     n_pages = choose_n_pages(config, backend.page_bytes(), n_free, n_total)
-    runner = ModelRunner(config, model, backend, n_pages)
+    runner = ModelRunner(config, model, backend, n_pages, memory.borrowed_bytes)
     stages_s = {"weights": loaded - started, "group": joined - loaded, "pages": time.monotonic() - joined}
     if where.group_size == 1:
         del stages_s["group"]
     return runner, {stage: round(seconds, 2) for stage, seconds in stages_s.items()}
+
+
+def _weight_memory(config: EngineConfig, where: Position, meeting: Meeting | None) -> WeightMemory:
+    """A GPU has memory of its own."""
+    if config.model.device != "cpu" or meeting is None:
+        return OwnMemory()
+    return weight_memory(config.parallel, where.number, meeting.store)
 
 
 def _connect(peers: Peers, group: Group, shape: ModelShape, dtype: torch.dtype, exchange: str | None) -> None:

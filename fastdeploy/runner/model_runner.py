@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 
 
 class ModelRunner:
-    """A rank's model, its pages and the requests in its slots."""
+    """A rank's model, its pages and the requests in its slots. `borrowed_bytes` of its weights are another rank's."""
 
-    def __init__(self, config: EngineConfig, model: Decoder, backend: AttentionBackend, n_pages: int) -> None:
+    def __init__(
+        self, config: EngineConfig, model: Decoder, backend: AttentionBackend, n_pages: int, borrowed_bytes: int = 0
+    ) -> None:
         shape, self.config = config.model.shape, config
         self.device = torch.device(config.model.device)
         self.model = model
@@ -42,7 +44,7 @@ class ModelRunner:
         self.n_pages = n_pages
         self.pages_l = backend.allocate(n_pages)
         self.kv_bytes = backend.page_bytes() * n_pages
-        self.weight_bytes = model.n_bytes()
+        self.weight_bytes = max(model.n_bytes() - borrowed_bytes, 0)  # borrowed ones count their padding
         max_slots, max_tokens = config.scheduler.max_seqs, config.model.max_model_len
         self.state = BatchState(max_slots, max_tokens, config.cache.page_tokens)
         self.sampling = SamplingState(max_slots, shape.vocab_size, self.device, config.model.eos_token_ids)

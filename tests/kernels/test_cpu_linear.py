@@ -78,6 +78,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", lambda x: poisoned(empty_like(x)))
 
 
+def panel_matmul(kernels: CpuKernels, weight_OI: Tensor) -> PanelMatmul:
+    return PanelMatmul(kernels, to_panels(weight_OI[None]), weight_OI.shape[0])
+
+
+def panel_ffn(kernels: CpuKernels, *weights: Tensor) -> PanelFFN:
+    return PanelFFN(kernels, *map(to_panels, weights))
+
+
 # ---- linear --------------------------------------------------------------------------------------------------------
 
 
@@ -88,7 +96,7 @@ def test_panels_multiply_as_torch(
 ) -> None:
     weight_OI = torch.randn(sizes).to(dtype)
     bias_O = torch.randn(sizes[0])
-    matmul = PanelMatmul(kernels, weight_OI)
+    matmul = panel_matmul(kernels, weight_OI)
     poison(monkeypatch)
     for n_rows in ROWS:
         x_tI = torch.randn(n_rows, sizes[1])
@@ -101,7 +109,7 @@ def test_panels_multiply_as_torch(
 
 def test_panels_take_rows_that_are_not_contiguous(kernels: CpuKernels) -> None:
     weight_OI, x = torch.randn(20, 12), torch.randn(5, 24)
-    torch.testing.assert_close(PanelMatmul(kernels, weight_OI)(x[:, ::2], None), x[:, ::2] @ weight_OI.T)
+    torch.testing.assert_close(panel_matmul(kernels, weight_OI)(x[:, ::2], None), x[:, ::2] @ weight_OI.T)
 
 
 @pytest.mark.parametrize("n_out", [1, 16, 23])
@@ -119,7 +127,7 @@ def test_extreme_half_numbers(kernels: CpuKernels) -> None:
         bits = torch.arange(0, 1 << 15, 7, dtype=torch.int16)
         weight_OI = torch.cat([bits.view(dtype), -bits.view(dtype)])[:, None]
         weight_OI = weight_OI[~weight_OI.isnan()[:, 0]]
-        found = PanelMatmul(kernels, weight_OI)(torch.ones(1, 1), None)
+        found = panel_matmul(kernels, weight_OI)(torch.ones(1, 1), None)
         assert torch.equal(found[0], weight_OI[:, 0].float())
 
 
@@ -143,7 +151,7 @@ def test_ffns_are_those_of_torch(
     n_experts, hidden, width = sizes
     gate, up = (torch.randn(n_experts, width, hidden) / 4 for _ in range(2))
     gate, up, down = (w.to(dtype) for w in (gate, up, torch.randn(n_experts, hidden, width) / 4))
-    ffn, dense = PanelFFN(kernels, gate, up, down), PanelFFN(kernels, gate[:1], up[:1], down[:1])
+    ffn, dense = panel_ffn(kernels, gate, up, down), panel_ffn(kernels, gate[:1], up[:1], down[:1])
     poison(monkeypatch)
     for n_rows in (0, 1, 2, 5, 16, 19, 130, 1100):
         x = torch.randn(n_rows, hidden)
@@ -162,7 +170,7 @@ def test_ffns_are_those_of_torch(
 def test_silu_far_from_zero(kernels: CpuKernels) -> None:
     one = torch.ones(1, 1, 1)
     x = torch.tensor([-1e4, -90.0, -30.0, -1.0, -1e-20, 0.0, 1e-20, 1.0, 30.0, 90.0, 1e4])[:, None]
-    torch.testing.assert_close(PanelFFN(kernels, one, one, one)(x), functional.silu(x) * x, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(panel_ffn(kernels, one, one, one)(x), functional.silu(x) * x, atol=1e-6, rtol=1e-6)
 
 
 # ---- router and norm -----------------------------------------------------------------------------------------------

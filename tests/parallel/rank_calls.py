@@ -10,6 +10,8 @@ from fastdeploy.config.schema import EngineConfig, ParallelConfig
 from fastdeploy.wire.messages import StepPlan, StepResult
 
 if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
     from fastdeploy.distributed.groups import Group
 
 Meeting = tuple[str, int]
@@ -38,9 +40,8 @@ def build(
     """Build the runner of one rank, which is kept; returns (bytes of its weights, its number of pages)."""
     from fastdeploy.runner.build import build_runner
 
-    runner, _ = build_runner(
-        config, number=number, join=lambda: _join(state, config.parallel, number, meeting), exchange=exchange
-    )
+    met = _Met(state, config.parallel, number, meeting) if meeting else None
+    runner, _ = build_runner(config, number=number, meeting=met, exchange=exchange)
     runner.model.count_expert_loads()
     state["runner"] = runner
     return runner.weight_bytes, runner.n_pages
@@ -71,6 +72,24 @@ def make_group(ranks: RankProcesses, parallel: ParallelConfig) -> None:
     """Every process has a group in its state afterwards."""
     meetings = meet(ranks, parallel)
     ranks.call(join, [(parallel, number, meeting) for number, meeting in enumerate(meetings)])
+
+
+class _Met:
+    """Implements groups.Meeting."""
+
+    def __init__(self, state: State, parallel: ParallelConfig, number: int, meeting: Meeting) -> None:
+        self._state, self._parallel, self._number, self._meeting = state, parallel, number, meeting
+
+    def store(self) -> Store:
+        from fastdeploy.distributed import groups
+
+        if "store" not in self._state:
+            self._state["store"] = groups.reach_store(self._number, *self._meeting, 60)
+        store: Store = self._state["store"]
+        return store
+
+    def join(self) -> Group:
+        return _join(self._state, self._parallel, self._number, self._meeting)
 
 
 def _join(state: State, parallel: ParallelConfig, number: int, meeting: Meeting | None) -> Group:

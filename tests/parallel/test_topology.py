@@ -181,3 +181,18 @@ def test_a_model_without_experts() -> None:
     (line,) = lines_about(ParallelConfig(data=2, expert=True), moe=None)
     assert line.startswith("--enable-expert-parallel: Ernie4_5_MoeForCausalLM has no experts")
     assert lines_about(ParallelConfig(data=2), moe=None) == []
+
+
+@search
+@given(parallels())
+def test_equal_weights(parallel: ParallelConfig) -> None:
+    """Who shares weights agrees about it, is on one machine and in one group, and holds the same shares of layers."""
+    for number in range(parallel.n_ranks):
+        others = topology.numbers_with_equal_weights(parallel, number)
+        assert number in others
+        assert set(others) <= set(topology.numbers_of_group(parallel, number))
+        assert len({topology.host_of(parallel, other) for other in others}) == 1
+        assert {topology.position(parallel, other).tensor_rank for other in others} == {number % parallel.tensor}
+        assert all(topology.numbers_with_equal_weights(parallel, other) == others for other in others)
+        n_replicas_here = parallel.data // len(parallel.hosts)
+        assert len(others) == (n_replicas_here if parallel.expert else 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdeploy.kernels.cpu.library import CpuKernels
-from fastdeploy.kernels.cpu.panels import PanelMatmul
+from fastdeploy.kernels.cpu.panels import PanelMatmul, to_panels
 
 
 class _GateStruct(ctypes.Structure):
@@ -30,7 +30,7 @@ class PanelGate:
         self, kernels: CpuKernels, weight_eH: Tensor, bias_e: Tensor | None, k: int, norm_min: float | None
     ) -> None:
         self._run = kernels.choose_experts
-        self._logits = PanelMatmul(kernels, weight_eH)
+        self._logits = PanelMatmul(kernels, to_panels(weight_eH[None]), weight_eH.shape[0])
         self._bias_e = None if bias_e is None else bias_e.float().contiguous()
         self._k = k
         bias = None if self._bias_e is None else self._bias_e.data_ptr()

@@ -33,14 +33,16 @@ class _LinearStruct(ctypes.Structure):
 
 
 class PanelMatmul:
-    """`x W^T + b` for one weight; implements Matmul."""
+    """`x W^T + b` for one weight of `n_out` rows, in panels [1, ceil(n_out / 16), I, 16]; implements Matmul."""
 
-    def __init__(self, kernels: CpuKernels, weight_OI: Tensor) -> None:
+    def __init__(self, kernels: CpuKernels, panels: Tensor, n_out: int) -> None:
+        n_in = panels.shape[2]
+        assert panels.shape == (1, -(-n_out // PANEL), n_in, PANEL), "these are not the panels of this weight"
         self._run = kernels.linear
-        self._panels = to_panels(weight_OI[None])
-        self._n_out, n_in = weight_OI.shape
-        self._n_bytes = weight_OI.nbytes
-        self._struct = _LinearStruct(self._panels.data_ptr(), n_in, self._n_out, WEIGHT_TYPES[weight_OI.dtype])
+        self._panels = panels
+        self._n_out = n_out
+        self._n_bytes = n_out * n_in * panels.itemsize
+        self._struct = _LinearStruct(panels.data_ptr(), n_in, n_out, WEIGHT_TYPES[panels.dtype])
         self._address = ctypes.addressof(self._struct)
 
     def __call__(self, x_tI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -72,16 +74,19 @@ class _FFNStruct(ctypes.Structure):
 class PanelFFN:
     """e gated FFNs: `down(silu(gate(x)) * up(x))`, of which each row takes the ones that it is routed to.
 
-    Weights [e, M, H], [e, M, H] and [e, H, M], all of one dtype.
+    Panels of the weights [e, M, H], [e, M, H] and [e, H, M], all of one dtype.
     """
 
-    def __init__(self, kernels: CpuKernels, gate_eMH: Tensor, up_eMH: Tensor, down_eHM: Tensor) -> None:
+    def __init__(self, kernels: CpuKernels, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        n_experts, hidden, width = gate.shape[0], gate.shape[2], down.shape[2]
+        across, back = -(-width // PANEL), -(-hidden // PANEL)
+        assert gate.shape == up.shape == (n_experts, across, hidden, PANEL), "these are not the panels of FFNs"
+        assert down.shape == (n_experts, back, width, PANEL), "these are not the panels of FFNs"
         self._run = kernels.ffn
-        self._panels = tuple(to_panels(weight) for weight in (gate_eMH, up_eMH, down_eHM))
-        self._n_bytes = gate_eMH.nbytes + up_eMH.nbytes + down_eHM.nbytes
-        n_experts, width, hidden = gate_eMH.shape
+        self._panels = (gate, up, down)
+        self._n_bytes = 3 * n_experts * hidden * width * gate.itemsize
         pointers = (panels.data_ptr() for panels in self._panels)
-        self._struct = _FFNStruct(*pointers, n_experts, hidden, width, WEIGHT_TYPES[gate_eMH.dtype])
+        self._struct = _FFNStruct(*pointers, n_experts, hidden, width, WEIGHT_TYPES[gate.dtype])
         self._address = ctypes.addressof(self._struct)
 
     def __call__(self, x_tH: Tensor, expert_tk: Tensor | None = None, weight_tk: Tensor | None = None) -> Tensor:

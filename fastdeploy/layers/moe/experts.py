@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastdeploy.distributed.shared_weights import OwnMemory
 from fastdeploy.layers.linear import Linear, packed_matmul_available
 from fastdeploy.layers.matmul import stored_dtype
 from fastdeploy.layers.mlp import GatedMLP
@@ -43,6 +45,7 @@ class LocalExperts(Protocol):
 
 def make_experts(n_local: int, hidden_size: int, width: int, place: Placement) -> LocalExperts:
     """`n_local` experts of `width`, as fits the device."""
+    place = replace(place, weights=OwnMemory())  # other ranks hold other experts
     if place.device.type == "cuda":
         return fuse_experts(n_local, hidden_size, width, place)
     if packed_ffn_available(place):
