@@ -179,7 +179,10 @@ class LLM:
         updates: queue.SimpleQueue[RequestOutput | BaseException | None] = queue.SimpleQueue()
         if not self._finalizer.alive:
             raise EngineUnavailable("this LLM was closed")
-        running = asyncio.run_coroutine_threadsafe(_answer_all(self._generator, jobs, updates, stream), self._loop)
+        order = jobs
+        if self.config.parallel.data > 1:  # what is placed last evens out what came before: the shortest answers do
+            order = sorted(jobs, key=lambda job: job.params.max_tokens or 0, reverse=True)
+        running = asyncio.run_coroutine_threadsafe(_answer_all(self._generator, order, updates, stream), self._loop)
         if stream:
             return _stream(updates, running)
         return _collect(updates, running, len(jobs), use_tqdm)

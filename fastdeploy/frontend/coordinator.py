@@ -79,7 +79,7 @@ class Coordinator:
     def submit(self, requests: Iterable[Submit], inbox: Inbox) -> None:
         """Send each request to the rank with the least to do. Raises EngineUnavailable when none serves."""
         for request in requests:
-            replica = self._choose()
+            replica = self._choose(request)
             replica.submit(request, inbox)
             self._home[request.request_id] = replica
 
@@ -121,7 +121,7 @@ class Coordinator:
         """Stop all engines; requests that still run fail."""
         await asyncio.gather(*(replica.close() for replica in self.replicas))
 
-    def _choose(self) -> Replica:
+    def _choose(self, request: Submit) -> Replica:
         serving = [replica for replica in self.replicas if replica.serving]
         if not serving:
             raise EngineUnavailable(f"the engine stopped: {self.replicas[0].health()}")
@@ -129,7 +129,8 @@ class Coordinator:
             return serving[0]
         limits = self._limits
         loads = [replica.load for replica in serving]
-        return serving[least_loaded(loads, limits.max_seqs, limits.max_batched_tokens, self._n_cache_tokens)]
+        sizes = limits.max_seqs, limits.max_batched_tokens, self._n_cache_tokens
+        return serving[least_loaded(loads, request, *sizes)]
 
     def _take_status(self, data_rank: int, status: Status) -> None:
         self._status[data_rank] = status

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from fastdeploy.wire.messages import Submit, TokenDelta
 
+_LONG_OUTPUT = 512  # tokens; a larger max_tokens is a limit rather than a forecast
+
 
 class RankLoad:
     """The requests of one engine core: those that wait for their first token, and those that have one."""
@@ -13,8 +15,10 @@ class RankLoad:
     def __init__(self) -> None:
         self._waiting: dict[str, Submit] = {}
         self._n_tokens: dict[str, int] = {}  # of requests that have a token: prompt and output
+        self._n_left: dict[str, int] = {}  # of all requests: output tokens that are expected
         self.n_waiting_tokens = 0  # prompt tokens of those that have none
         self.n_running_tokens = 0
+        self.n_output_tokens_left = 0
 
     @property
     def n_requests(self) -> int:
@@ -30,6 +34,9 @@ class RankLoad:
         """A request is on its way to the core."""
         self._waiting[submit.request_id] = submit
         self.n_waiting_tokens += len(submit.prompt_ids)
+        n_left = expected_output(submit)
+        self._n_left[submit.request_id] = n_left
+        self.n_output_tokens_left += n_left
 
     def take(self, delta: TokenDelta) -> None:
         """The core answered something."""
@@ -45,11 +52,15 @@ class RankLoad:
         n_new = len(delta.token_ids)
         self._n_tokens[request_id] = n_known + n_new
         self.n_running_tokens += n_new
+        n_expected = min(n_new, self._n_left[request_id])
+        self._n_left[request_id] -= n_expected
+        self.n_output_tokens_left -= n_expected
         if delta.finish_reason is not None:
             self.drop(request_id)
 
     def drop(self, request_id: str) -> Submit | None:
         """A request ended or is forgotten; returns it when it had no token yet."""
+        self.n_output_tokens_left -= self._n_left.pop(request_id, 0)
         if (submit := self._waiting.pop(request_id, None)) is not None:
             self.n_waiting_tokens -= len(submit.prompt_ids)
             return submit
@@ -57,22 +68,39 @@ class RankLoad:
         return None
 
 
-def least_loaded(loads: Sequence[RankLoad], max_seqs: int, max_batched_tokens: int, n_cache_tokens: int) -> int:
-    """Index of the rank that a new request should go to; the first of equals.
+def expected_output(submit: Submit) -> int:
+    """Tokens that a request is expected to get, as far as its limit tells."""
+    max_tokens = submit.params.max_tokens
+    return _LONG_OUTPUT if max_tokens is None else min(max_tokens, _LONG_OUTPUT)
 
-    A rank's load is the sum of three shares: of the batch slots (what decode steps cost), of one step's token budget
-    that waiting prompts fill (how long a new prompt waits), and of the KV cache.
+
+def least_loaded(
+    loads: Sequence[RankLoad], request: Submit, max_seqs: int, max_batched_tokens: int, n_cache_tokens: int
+) -> int:
+    """Index of the rank that `request` should go to; the first of equals.
+
+    A rank has four kinds of load: requests (slots of the batch), prompt tokens that wait, output tokens to come (both
+    against the token budget of a step) and tokens in the KV cache. Ranks that share experts wait in every step for the
+    one with the most to do, and at any time they have mostly one kind to do, so each kind has to be even by itself.
+    A request goes where it adds least to the sum of the squares of all loads: where the product of its own loads with
+    those that are there is smallest. So a rank with long prompts gets a short one, or one with a long answer.
     """
+    n_prompt, n_output, cache = len(request.prompt_ids), expected_output(request), max(n_cache_tokens, 1)
+    per_request = 1 / max_seqs**2
+    per_prompt_token = n_prompt / max_batched_tokens**2
+    per_output_token = n_output / max_batched_tokens**2
+    per_cached_token = (n_prompt + n_output) / cache**2
 
-    def load(i: int) -> float:
+    def growth(i: int) -> float:
         rank = loads[i]
         return (
-            rank.n_requests / max_seqs
-            + rank.n_waiting_tokens / max_batched_tokens
-            + rank.n_tokens / max(n_cache_tokens, 1)
+            rank.n_requests * per_request
+            + rank.n_waiting_tokens * per_prompt_token
+            + rank.n_output_tokens_left * per_output_token
+            + rank.n_tokens * per_cached_token
         )
 
-    return min(range(len(loads)), key=load)
+    return min(range(len(loads)), key=growth)
 
 
 def balance_ratio(loads: Sequence[RankLoad]) -> float:
