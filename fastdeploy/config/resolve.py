@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastdeploy.config import model_shape
 from fastdeploy.config.args import EngineArgs, ServerArgs
 from fastdeploy.config.flags import FlagField, flags_of
-from fastdeploy.config.hardware import cuda_devices
+from fastdeploy.config.hardware import CudaDevice, cuda_devices
 from fastdeploy.config.parallel import contradictions, missing_devices, n_threads_per_rank, resolve_parallel
 from fastdeploy.config.quantization import resolve_quantization
 from fastdeploy.config.schema import (
@@ -63,15 +63,19 @@ class Problems:
             raise ConfigError("\n".join(self.lines))
 
 
-def resolve(args: EngineArgs, environ: Mapping[str, str] = os.environ) -> EngineConfig:
+def resolve(
+    args: EngineArgs, environ: Mapping[str, str] = os.environ, devices: Sequence[CudaDevice] | None = None
+) -> EngineConfig:
     """The configuration that `args` describe on this machine; reads config.json and generation_config.json.
 
-    Logs one warning for each flag that has no effect. Raises ConfigError with one line for each contradiction.
+    `devices`: the GPUs to plan for, if not this machine's. Logs one warning for each flag that has no effect. Raises
+    ConfigError with one line for each contradiction.
     """
     problems = Problems()
+    devices = cuda_devices() if devices is None else devices
     _check_support(args, problems)
     _check_internal_ports(args, problems)
-    device = _device(args, problems)
+    device = _device(args, devices, problems)
     page_tokens_ok = problems.check(
         1 <= args.block_size <= MAX_PAGE_TOKENS, f"--block-size {args.block_size}: must be in 1..{MAX_PAGE_TOKENS}"
     )
@@ -80,7 +84,7 @@ def resolve(args: EngineArgs, environ: Mapping[str, str] = os.environ) -> Engine
     scheduler = _scheduler(args, model.max_model_len if model else None, device, environ, problems)
     logprobs = _logprobs(args, model, problems)
     n_threads = _n_threads(args, environ, problems)
-    parallel = _parallel(args, model.shape if model else None, device, environ, problems)
+    parallel = _parallel(args, model.shape if model else None, device, len(devices), environ, problems)
     problems.raise_if_any()
     assert model is not None  # without one there was a problem to raise
     return EngineConfig(
@@ -192,7 +196,12 @@ def _n_threads(args: EngineArgs, environ: Mapping[str, str], problems: Problems)
 
 
 def _parallel(
-    args: EngineArgs, shape: ModelShape | None, device: DeviceName, environ: Mapping[str, str], problems: Problems
+    args: EngineArgs,
+    shape: ModelShape | None,
+    device: DeviceName,
+    n_gpus: int,
+    environ: Mapping[str, str],
+    problems: Problems,
 ) -> ParallelConfig:
     try:
         parallel = resolve_parallel(args, environ)
@@ -201,7 +210,7 @@ def _parallel(
         return ParallelConfig()
     if shape is not None:
         problems.lines += contradictions(parallel, shape)
-    problems.lines += missing_devices(parallel, len(cuda_devices())) if device == "cuda" else []
+    problems.lines += missing_devices(parallel, n_gpus) if device == "cuda" else []
     return parallel
 
 
@@ -215,10 +224,10 @@ def _stall_limit_s(environ: Mapping[str, str], problems: Problems) -> float:
     return limit_s
 
 
-def _device(args: EngineArgs, problems: Problems) -> DeviceName:
+def _device(args: EngineArgs, devices: Sequence[CudaDevice], problems: Problems) -> DeviceName:
     if args.device == "cpu":
         return "cpu"
-    has_cuda = bool(cuda_devices())
+    has_cuda = bool(devices)
     problems.check(
         has_cuda or args.device == "auto",
         "--device cuda: the CUDA driver sees no device; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu",

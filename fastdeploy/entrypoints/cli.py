@@ -141,17 +141,32 @@ def _bench(argv: Sequence[str]) -> int | None:
 
 
 def _check(argv: Sequence[str]) -> None:
-    """What is installed and found; with --model, what an engine with these flags would be."""
+    """What is installed and found; with --model, what an engine with these flags would be or need."""
     from fastdeploy.config.args import EngineArgs
     from fastdeploy.config.flags import build_parser
 
     parser = build_parser(
         "fastdeploy check",
         EngineArgs,
-        usage="%(prog)s [--model DIR] [flags]",
-        epilog="Example:\n  fastdeploy check --model DIR --max-model-len 8192",
+        usage="%(prog)s [--model DIR] [--plan [GPU]] [flags]",
+        epilog="Examples:\n  fastdeploy check --model DIR --max-model-len 8192\n"
+        "  fastdeploy check --plan h200 --model DIR --data-parallel-size 8 --enable-expert-parallel",
     )
-    args = EngineArgs.from_namespace(parser.parse_flags(argv))
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="here",
+        metavar="GPU",
+        help="show what each rank will hold in memory: here, or with enough GPUs of that kind (h100, h200, b200, or "
+        "their memory, as in 80GiB); needs only config.json",
+    )
+    namespace = parser.parse_flags(argv)
+    args = EngineArgs.from_namespace(namespace)
+    if namespace.plan is not None:
+        from fastdeploy.entrypoints.plan_report import plan_report
+
+        print(plan_report(args, namespace.plan))
+        return
     print(environment_report())
     if args.model:
         print("\n" + engine_report(args))
@@ -215,7 +230,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "serve-demo": Command("start a server with that model on port 8180, until Ctrl-C", _serve_demo),
         "demo-model": Command("build a small model to try things with, print its folder", _demo_model),
         "bench": Command("measure an engine or a running server: throughput, latency, serve", _bench),
-        "check": Command("show what is installed and found; with --model, the configuration it gives", _check),
+        "check": Command(
+            "show what is installed; with --model, the configuration; with --plan, the memory of each rank", _check
+        ),
     }
 )
 
