@@ -95,9 +95,17 @@ class EngineArgs:
         Flag(MODEL, "Type of weights and activations; auto is float32 on a CPU and the checkpoint's type on a GPU."),
     ] = "auto"
     load_choices: Annotated[
-        Literal["default", "default_v1", "dummy"],
-        Flag(MODEL, "How weights are read: default and default_v1 stream safetensors; dummy makes up random weights."),
+        Literal["default", "default_v1", "dummy", "synthetic"],
+        Flag(
+            MODEL,
+            "How weights are read: default and default_v1 stream safetensors; dummy makes up random weights; synthetic "
+            "has no model at all and makes answers up, to load routers and front ends.",
+        ),
     ] = "default_v1"
+    synthetic_config: Annotated[
+        Json | None,
+        Flag(MODEL, "Pace of a synthetic server in ms: step_ms, prompt_token_ms, sequence_ms (default 10, 0.05, 0.1)."),
+    ] = None
     chat_template: Annotated[
         str | None, Flag(MODEL, "Chat template, as text or as a file, instead of the model's own.", metavar="TEXT|FILE")
     ] = None

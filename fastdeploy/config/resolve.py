@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fastdeploy.config import model_shape
+from fastdeploy.config import model_shape, synthetic
 from fastdeploy.config.args import EngineArgs, ServerArgs
 from fastdeploy.config.flags import FlagField, flags_of
 from fastdeploy.config.hardware import CudaDevice, cuda_devices
+from fastdeploy.config.model_folder import model_folder
 from fastdeploy.config.parallel import contradictions, missing_devices, n_threads_per_rank, resolve_parallel
 from fastdeploy.config.quantization import resolve_quantization
 from fastdeploy.config.schema import (
@@ -40,7 +41,6 @@ LONG_PREFILL_SHARE = 0.04
 DEFAULT_STALL_LIMIT_S = 10.0  # ranks report progress layer by layer, so that a long prefill is none
 # On a CPU a step takes far longer than planning it, and every step planned ahead delays a new request by one.
 STEPS_IN_FLIGHT: Mapping[DeviceName, int] = {"cpu": 1, "cuda": 2}
-N_FILES_SHOWN = 12
 
 _logger = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ def resolve(
     devices = cuda_devices() if devices is None else devices
     _check_support(args, problems)
     _check_internal_ports(args, problems)
+    synthetic.check_flags(args, problems.lines)
     device = _device(args, devices, problems)
     page_tokens_ok = problems.check(
         1 <= args.block_size <= MAX_PAGE_TOKENS, f"--block-size {args.block_size}: must be in 1..{MAX_PAGE_TOKENS}"
@@ -225,7 +226,7 @@ def _stall_limit_s(environ: Mapping[str, str], problems: Problems) -> float:
 
 
 def _device(args: EngineArgs, devices: Sequence[CudaDevice], problems: Problems) -> DeviceName:
-    if args.device == "cpu":
+    if args.device == "cpu" or args.load_choices == "synthetic":
         return "cpu"
     has_cuda = bool(devices)
     problems.check(
@@ -238,24 +239,6 @@ def _device(args: EngineArgs, devices: Sequence[CudaDevice], problems: Problems)
 # ---- the model ---------------------------------------------------------------------------------------------------
 
 
-def _model_folder(name: str) -> Path:
-    """The checkpoint folder; raises ConfigError that tells what was looked for and what is there."""
-    if not name:
-        raise ConfigError("--model: required; give a checkpoint folder (`fastdeploy demo-model` builds a small one)")
-    folder = Path(name).expanduser().absolute()
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise ConfigError(
-            f"--model {name}: {folder} {what}; give a local folder with config.json, the tokenizer and *.safetensors "
-            "(models are not fetched by name)"
-        )
-    if not (folder / "config.json").is_file():
-        names = sorted(entry.name for entry in folder.iterdir())
-        shown = ", ".join(names[:N_FILES_SHOWN]) + (", ..." if len(names) > N_FILES_SHOWN else "")
-        raise ConfigError(f"--model {name}: no config.json in {folder}; it holds {shown or 'nothing'}")
-    return folder
-
-
 def _model(args: EngineArgs, cache: CacheConfig | None, device: DeviceName, problems: Problems) -> ModelConfig | None:
     if args.tokenizer is not None:
         problems.check(
@@ -263,8 +246,12 @@ def _model(args: EngineArgs, cache: CacheConfig | None, device: DeviceName, prob
             f"--tokenizer {args.tokenizer}: no such folder; give one with the tokenizer's files",
         )
     problems.check(args.seed >= 0, f"--seed {args.seed}: must be at least 0")
+    if args.load_choices == "synthetic":
+        return synthetic.synthetic_model(
+            args, lambda shape: _max_model_len(args, shape, cache, problems), problems.lines
+        )
     try:
-        folder = _model_folder(args.model)
+        folder = model_folder(args.model)
         shape = model_shape.read_model_shape(folder)
         sampling_defaults = model_shape.read_generation_defaults(folder)
         eos_token_ids = model_shape.read_eos_token_ids(folder)
@@ -361,7 +348,7 @@ def _scheduler(
     )
     problems.check(args.scheduler_ttl >= 1, f"--scheduler-ttl {args.scheduler_ttl}: must be at least 1 second")
     return SchedulerConfig(
-        steps_in_flight=STEPS_IN_FLIGHT[device],
+        steps_in_flight=STEPS_IN_FLIGHT["cuda" if args.load_choices == "synthetic" else device],
         max_seqs=n_seqs,
         max_batched_tokens=_max_batched_tokens(args, max_model_len, chunked, device, problems),
         chunked_prefill=chunked,

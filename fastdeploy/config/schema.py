@@ -44,7 +44,7 @@ class ModelShape:
     """A decoder's sizes, read from config.json and checked; see `config.model_shape`."""
 
     architecture: str
-    family: Literal["ernie4_5", "ernie4_5_moe", "llama", "qwen3", "qwen3_moe"]
+    family: Literal["ernie4_5", "ernie4_5_moe", "llama", "qwen3", "qwen3_moe", "synthetic"]
     hidden_size: int
     n_layers: int
     n_heads: int
@@ -63,6 +63,15 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SyntheticConfig:
+    """What a step of `--load-choices synthetic` takes, in milliseconds; the parts add up."""
+
+    step_ms: float = 10.0  # every step
+    prompt_token_ms: float = 0.05  # each prompt token that is not in the prefix cache
+    sequence_ms: float = 0.1  # each sequence that gets its next token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Which model, and how it is computed."""
 
@@ -78,6 +87,7 @@ class ModelConfig:
     random_weights: bool = False  # `--load-choices dummy`
     seed: int = 0
     quantization: Literal["block_wise_fp8"] | None = None  # of the experts, made when they are loaded
+    synthetic: SyntheticConfig | None = None  # there is no model: answers are made up at this pace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

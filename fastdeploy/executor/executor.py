@@ -51,13 +51,14 @@ class Executor:
         self.n_rows_of_expert: dict[int, int] = {}  # as far as these ranks hold experts and count
         self.store: GroupStore | None = None  # opened by one of these ranks; all ranks of its group have to be told
         env = cpu_rank_environment(os.environ) if config.model.device == "cpu" else {}
+        module = "fastdeploy.executor.worker" if config.model.synthetic is None else "fastdeploy.executor.synthetic"
         for rank in range(config.parallel.tensor):
             ours, theirs = socket.socketpair()
             number = config.parallel.data_rank * config.parallel.tensor + rank
             boot = RankBoot(config, number, theirs.fileno())
             output = Path(config.log_dir) / f"rank{number}.out"
             fds = [theirs.fileno()]
-            child = Child(f"rank {number}", "fastdeploy.executor.worker", boot, output, pass_fds=fds, env=env)
+            child = Child(f"rank {number}", module, boot, output, pass_fds=fds, env=env)
             theirs.close()
             self.children.append(child)
             self.connections.append(Connection(ours.detach()))

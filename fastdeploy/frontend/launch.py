@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from fastdeploy.config.schema import EngineConfig
+from fastdeploy.config.schema import EngineConfig, ModelConfig
 from fastdeploy.errors import ConfigError
 from fastdeploy.frontend.coordinator import Coordinator
 from fastdeploy.frontend.generation import Generator
@@ -34,7 +34,7 @@ async def running_generator(
     `group` is where the engine cores of other servers are met; without it, those of this one meet by themselves. With
     `restart` an engine that dies later is replaced.
     """
-    tokenizer = await asyncio.to_thread(load_tokenizer, config.model.tokenizer_path or config.model.path)
+    tokenizer = await asyncio.to_thread(tokenizer_of, config.model)
     config = with_tokenizer_stops(config, tokenizer)
     if group is None and config.parallel.shares_experts:
         if len(config.parallel.serves) < config.parallel.data:
@@ -59,6 +59,16 @@ async def running_generator(
         yield Generator(config, tokenizer, metrics, coordinator, ready)
     finally:
         await coordinator.close()
+
+
+def tokenizer_of(model: ModelConfig) -> Tokenizer:
+    """The tokenizer of a model; of bytes for a synthetic one without a folder. Raises CheckpointError."""
+    path = model.tokenizer_path or model.path
+    if not path and model.synthetic is not None:
+        from fastdeploy.frontend.byte_tokenizer import byte_tokenizer
+
+        return byte_tokenizer()
+    return load_tokenizer(path)
 
 
 def with_tokenizer_stops(config: EngineConfig, tokenizer: Tokenizer) -> EngineConfig:

@@ -84,6 +84,10 @@ def _check_stops(params: SamplingParams) -> None:
 
 
 def _check_logprobs(params: SamplingParams, config: EngineConfig) -> None:
+    if config.model.synthetic is not None:
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(params, name) is not None:
+                raise InvalidRequest(f"{name}: a synthetic server computes no probabilities; leave it out", name)
     allowed = config.logprobs.max_logprobs
     if allowed < 0:
         return

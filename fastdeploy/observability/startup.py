@@ -101,10 +101,20 @@ def ready_lines(
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages_s.items())
     weights = "random weights" if model.random_weights else "weights"
     n_seqs = config.scheduler.max_seqs * len(config.parallel.serves)
+    if model.synthetic is not None:
+        pace = model.synthetic
+        what = (
+            f"SYNTHETIC: there is no model, every answer is made up; a step takes {pace.step_ms:g} ms, "
+            f"{pace.prompt_token_ms:g} ms for each prompt token and {pace.sequence_ms:g} ms for each running sequence"
+        )
+    else:
+        what = (
+            f"model {model.served_name}: {model.shape.architecture}, {model.dtype} on {model.device}, "
+            f"{weights} {human_bytes(ready.weight_bytes)}, up to {model.max_model_len} tokens a request"
+        )
     return [
         f"started in {total_s:.1f} s" + (f": {stages}" if stages else ""),
-        f"model {model.served_name}: {model.shape.architecture}, {model.dtype} on {model.device}, "
-        f"{weights} {human_bytes(ready.weight_bytes)}, up to {model.max_model_len} tokens a request",
+        what,
         f"cache {human_bytes(ready.kv_bytes)}: {ready.n_pages} pages of {page_tokens} tokens = "
         f"{ready.n_pages * page_tokens} tokens, up to {n_seqs} requests at once",
         *_parallel_line(config.parallel),

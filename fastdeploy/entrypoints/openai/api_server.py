@@ -89,8 +89,7 @@ async def _serve(
     from fastdeploy.entrypoints.openai.app import create_app, create_metrics_app
     from fastdeploy.entrypoints.openai.server import HttpServer, address_of
     from fastdeploy.frontend.chat_template import ChatTemplate
-    from fastdeploy.frontend.launch import running_generator
-    from fastdeploy.frontend.tokenizer import load_tokenizer
+    from fastdeploy.frontend.launch import running_generator, tokenizer_of
     from fastdeploy.observability.startup import StartupReport, Throughput
     from fastdeploy.router.registration import keep_registered, router_addresses
 
@@ -113,7 +112,7 @@ async def _serve(
     @asynccontextmanager
     async def engine_context() -> AsyncGenerator[Generator, None]:
         if engine.chat_template is not None:  # a mistake in it shows before minutes of loading, not after
-            tokenizer = await asyncio.to_thread(load_tokenizer, config.model.tokenizer_path or config.model.path)
+            tokenizer = await asyncio.to_thread(tokenizer_of, config.model)
             state.chat_template = ChatTemplate(tokenizer, engine.chat_template)
         restart = server.restart == "on-failure" or (server.restart == "auto" and config.parallel.data > 1)
         async with running_generator(

@@ -33,6 +33,7 @@ StructT = TypeVar("StructT", bound=msgspec.Struct)
 
 _SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 _HIDDEN = "(hidden)"
+SYNTHETIC_ROOT = "synthetic: there is no model, answers are made up"
 
 
 class NotSupported(RequestError):
@@ -67,7 +68,8 @@ async def models(state: ServerState, request: Request) -> Response:
     """The one model served."""
     model, created_s = state.config.model, state.started_s
     permission = ModelPermission(f"modelperm-{uuid.uuid4().hex}", created_s)
-    card = ModelCard(model.served_name, created_s, model.path, model.max_model_len, [permission])
+    root = model.path if model.synthetic is None else SYNTHETIC_ROOT
+    card = ModelCard(model.served_name, created_s, root, model.max_model_len, [permission])
     return json_response(ModelList([card]))
 
 
