@@ -29,6 +29,8 @@ def plan_report(args: EngineArgs, kind: str) -> str:
     if kind != HERE:
         args = replace(args, device="cuda")
     config = resolve(args, devices=devices)
+    if config.model.synthetic is not None:
+        raise ConfigError("--plan: a synthetic server has no weights and no pages in memory; there is nothing to plan")
     stored = checkpoint_dtype(Path(config.model.path))
     device_bytes = _device_bytes(config, devices)
     ranks = [plan_rank(config, number, stored, device_bytes) for number in range(config.parallel.n_ranks)]
