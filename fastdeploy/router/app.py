@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import parse_qs
 
 import msgspec
 
@@ -111,6 +112,7 @@ class App:
             b"/unregister": (frozenset({b"POST"}), self._unregister),
             b"/registered": (frozenset({b"GET"}), self._registered),
             b"/registered_number": (frozenset({b"GET"}), self._registered_number),
+            b"/decode_instances": (frozenset({b"GET"}), self._decode_instances),
             b"/v1/models": (frozenset({b"GET"}), self._models),
             b"/v1/abort_requests": (frozenset({b"POST"}), self._abort_requests),
         }
@@ -202,6 +204,12 @@ class App:
         for server in self._registry:
             shown[server.record.role].append(server.record.shown() | {"is_healthy": server.is_well})
         return _json(200, shown)
+
+    async def _decode_instances(self, request: Request) -> Reply:
+        """The decode servers as they registered, for prefill servers that connect ahead; `?version=` keeps one."""
+        wanted = parse_qs(request.target.partition(b"?")[2].decode("latin-1")).get("version")
+        servers = self._registry.available_without((), "decode")
+        return _json(200, [one.record for one in servers if wanted is None or one.record.version == wanted[-1]])
 
     async def _registered_number(self, request: Request) -> Reply:
         return _json(200, self._registry.counts())

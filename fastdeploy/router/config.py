@@ -12,13 +12,9 @@ from typing import Any, TypeVar, get_type_hints
 from fastdeploy.config.flags import suggestion
 from fastdeploy.errors import ConfigError
 from fastdeploy.router.health import ManagerSettings
+from fastdeploy.router.placement import PairSettings
 from fastdeploy.router.policies import POLICIES, SchedulerSettings
 from fastdeploy.router.record import Record, record_of
-
-SPLIT_NOT_YET = (
-    "pairs of prefill and decode servers are not supported yet; leave it out and start servers with "
-    "--splitwise-role mixed"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +47,7 @@ class RouterConfig:
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     manager: ManagerSettings = field(default_factory=ManagerSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    pairs: PairSettings = field(default_factory=PairSettings)
     request_timeout_s: float = 1800
 
 
@@ -124,10 +121,7 @@ def load_instances(path: str) -> tuple[list[Record], list[str]]:
         except ConfigError as exc:
             problems.append(f"Failed to register instance: {path}: instances[{i}]: {exc}")
             continue
-        if record.role == "mixed":
-            records.append(record)
-        else:
-            problems.append(f"Failed to register instance: {record.url}: only MIXED instances are allowed")
+        records.append(record)
     return records, problems
 
 
@@ -193,13 +187,7 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def _check(config: RouterConfig) -> None:
-    server, scheduler = config.server, config.scheduler
-    if server.splitwise:
-        raise ConfigError(f"--splitwise: {SPLIT_NOT_YET}")
-    for name in ("prefill_policy", "decode_policy"):
-        if getattr(scheduler, name) != getattr(SchedulerSettings(), name):
-            key = f"scheduler.{name.replace('_', '-')}"
-            raise ConfigError(f"{key}: {getattr(scheduler, name)}: {SPLIT_NOT_YET}")
+    server = config.server
     if server.port is not None and not 0 <= server.port <= 65535:
         raise ConfigError(f"--port {server.port}: must be in 0..65535")
     if (

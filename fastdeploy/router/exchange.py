@@ -12,6 +12,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from fastdeploy.errors import InvalidRequest
 from fastdeploy.observability.logs import RequestLogger
 from fastdeploy.router.downstream import ClientConnection
 from fastdeploy.router.http1 import (
@@ -25,7 +26,8 @@ from fastdeploy.router.http1 import (
     response_head,
 )
 from fastdeploy.router.ledger import Ticket
-from fastdeploy.router.policies import Ask
+from fastdeploy.router.placement import Placement, SplitBody, given_up
+from fastdeploy.router.prefill_leg import PrefillLeg
 from fastdeploy.router.prompt_text import PromptFigures
 from fastdeploy.router.registry import Server
 from fastdeploy.router.upstream import UpstreamConnection, UpstreamError
@@ -47,33 +49,21 @@ _END_MARK = b"data: [DONE]\n\n"
 class Exchange:
     """The work for one request; a `Receiver` of the server's answer."""
 
-    __slots__ = (
-        "_asked",
-        "_client",
-        "_connection",
-        "_figures",
-        "_head",
-        "_held",
-        "_is_chunked",
-        "_is_events",
-        "_is_full",
-        "_is_refused",
-        "_is_sent",
-        "_last",
-        "_passes",
-        "_proxy",
-        "_request",
-        "_server",
-        "_status",
-        "_task",
-        "_ticket",
-        "_tried",
-        "deadline_s",
-    )
-
-    def __init__(self, proxy: Proxy, request: Request, client: ClientConnection, figures: PromptFigures) -> None:
+    def __init__(
+        self,
+        proxy: Proxy,
+        request: Request,
+        client: ClientConnection,
+        figures: PromptFigures,
+        split: SplitBody | None = None,
+    ) -> None:
+        """`split` is the body when servers work in pairs."""
         self._proxy, self._request, self._client = proxy, request, client
-        self._figures = figures
+        self._figures, self._split = figures, split
+        self._placement: Placement | None = None
+        self._leg: PrefillLeg | None = None
+        self._n_retries = self._n_preempted = 0
+        self._body: bytes | None = None  # what goes to servers instead of the client's
         self.deadline_s = request.received_s + proxy.timeout_s
         self._tried: list[str] = []
         self._server: Server | None = None
@@ -94,28 +84,44 @@ class Exchange:
     # ---- the way there -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Send the request to a server that has not been tried. Called again for every attempt."""
-        servers = self._proxy.registry.available_without(self._tried)
-        if not servers:
+        """Send the request to servers that have not failed it. Called again for every attempt."""
+        placer, request = self._proxy.placer, self._request
+        try:
+            placement = placer.place(self._figures, request.received_s, self._tried)
+        except InvalidRequest as exc:
+            self._answer(exc.status, str(exc))
+            return
+        if placement is None:
             if self._tried:
                 self._answer(502, f"Failed to connect to backend service: {len(self._tried)} tried, none answered")
             else:
-                self._answer(503, "No available workers")
+                self._answer(503, placer.nobody)
             return
-        figures, policy = self._figures, self._proxy.policy
-        ask = Ask(figures.n_tokens, figures.text, self._request.received_s)
-        server = self._server = servers[policy.pick([server.load for server in servers], ask)]
-        self._tried.append(server.url)
-        self._ticket = Ticket(server.load, figures.n_tokens, figures.is_stream)
-        if LOGGER.isEnabledFor(logging.DEBUG):
-            self._log().debug(
-                "select worker (mixed): %s, count: %d, tokens: %d", server.url, server.load.n_requests, figures.n_tokens
-            )
-        connection = server.upstream.idle()
+        self._placement, self._server = placement, placement.server
+        self._ticket = self._take(placement.server)
+        if self._split is not None:
+            self._body = self._split.written(placement, self._n_retries)
+        if placement.prefill is not None:
+            leg = PrefillLeg(self, placement.prefill, self._take(placement.prefill), self._proxy.legs, self.deadline_s)
+            self._leg = leg
+            leg.start(request.forwarded(placement.prefill.upstream.host_header, self._body))
+            if self._leg is not leg:  # it failed at once, and another pair was taken
+                return
+        connection = placement.server.upstream.idle()
         if connection is not None:
             self._send(connection)
         else:
-            self._connect(server)
+            self._connect(placement.server)
+
+    def _take(self, server: Server) -> Ticket:
+        figures = self._figures
+        ticket = Ticket(server.load, figures.n_tokens, figures.is_stream)
+        if self._proxy.logs_choices:
+            load, role = server.load, server.record.role
+            self._log().debug(
+                "select worker (%s): %s, count: %d, tokens: %d", role, load.url, load.n_requests, load.n_tokens
+            )
+        return ticket
 
     def _connect(self, server: Server) -> None:
         self._task = asyncio.get_running_loop().create_task(self._send_on_new(server))
@@ -135,14 +141,14 @@ class Exchange:
         self._connection = connection
         if self._is_full:
             connection.pause()
-        connection.send(self._request.forwarded(self._server.upstream.host_header), self)
+        connection.send(self._request.forwarded(self._server.upstream.host_header, self._body), self)
 
     # ---- the way back: of Receiver -------------------------------------------------------------------------------
 
     def on_head(self, status: int, headers: Headers, n_body_bytes: int | None) -> None:
         """The answer begins."""
         self._status = status
-        if status in _REFUSALS and self._may_try_another():
+        if status in _REFUSALS and self._may_try_another(self._server):
             self._is_refused = True
             return
         for name, value in headers:
@@ -160,6 +166,11 @@ class Exchange:
             framing += b"connection: close\r\n"
         elif self._request.is_http_1_0:
             framing += b"connection: keep-alive\r\n"
+        placement = self._placement
+        if self._split is not None and placement is not None:
+            headers = [*headers, (b"x-router-decode-url", placement.server.url.encode())]
+            if placement.prefill is not None:
+                headers.append((b"x-router-prefill-url", placement.prefill.url.encode()))
         self._head = response_head(status, headers, framing, self._request.request_id)
         self._passes = not self._is_events and (n_body_bytes is None or n_body_bytes > HOLD_BYTES)
 
@@ -195,20 +206,20 @@ class Exchange:
     def on_end(self) -> None:
         """The answer is whole."""
         self._connection = None
+        assert self._server is not None
         if self._is_refused:
-            self._release()
-            assert self._server is not None
             self._proxy.refused(self._server, self._status)
-            self._reset()
-            self.start()
+            self._again(self._server)
             return
         rest = self._held
+        if self._split is not None and not self._is_sent and self._takes_up(self._split, rest):
+            return
         if self._is_chunked:
             rest = (chunk(rest) if rest else b"") + LAST_CHUNK
         self._client.write(rest if self._is_sent else self._head + rest)
         self._is_sent = True
-        if self._server is not None:
-            self._server.n_failures = 0
+        self._server.n_failures = 0
+        self._leg = None  # what is left of its answer is read without us
         self._done(self._status)
         self._client.finish()
 
@@ -225,15 +236,72 @@ class Exchange:
         if self._is_sent and self._last == _END_MARK:
             self.on_end()
             return
-        self._release()
         self._proxy.failed(server, error)
         self._log().warning("%s: %s: %s", server.url, error.kind, error)
-        if self._may_try_another():
+        self._after_failure(server, error)
+
+    def _after_failure(self, server: Server, error: UpstreamError) -> None:
+        if self._may_try_another(server):
             self._proxy.metrics.n_retries += 1
-            self._reset()
-            self.start()
+            self._again(server)
         else:
+            self._drop_upstream()
             self._break(502, f"Failed to connect to backend service: {error}")
+
+    def _again(self, server: Server | None) -> None:
+        """Place the request once more, but not at `server`."""
+        self._drop_upstream()
+        self._release()
+        self._n_retries += 1
+        if server is not None:
+            self._tried.append(server.url)
+        self._reset()
+        self.start()
+
+    def _takes_up(self, split: SplitBody, answer: bytes) -> bool:
+        """Goes on elsewhere when decode had to give up half-way. True when it does."""
+        pairs = self._proxy.pairs
+        tokens = given_up(answer) if self._n_preempted < pairs.preempt_retry_count else None
+        if tokens is None:
+            return False
+        self._n_preempted += 1
+        self._proxy.metrics.n_preempted += 1
+        if tokens:
+            so_far = split.completion_token_ids
+            split.completion_token_ids = tokens if tokens[: len(so_far)] == so_far else so_far + tokens
+        others = pairs.preempt_retry_exclude_decode and self._server is not None
+        self._again(self._server if others and self._may_try_another(self._server) else None)
+        return True
+
+    # ---- of the prefill half of a pair ---------------------------------------------------------------------------
+
+    def prefill_failed(self, leg: PrefillLeg, error: UpstreamError) -> None:
+        """Prefill gave no whole answer; once decode has begun, decode says what becomes of the request."""
+        self._proxy.failed(leg.server, error)
+        self._log().warning("prefill %s: %s: %s", leg.server.url, error.kind, error)
+        if leg is self._leg:
+            self._leg = None
+            if not self._is_sent:
+                self._after_failure(leg.server, error)
+
+    def prefill_refused(self, leg: PrefillLeg, status: int, body: bytes) -> None:
+        """Prefill answered with an error: a bad request is the client's, the rest is tried elsewhere."""
+        self._log().warning("prefill %s: status %d", leg.server.url, status)
+        if leg is not self._leg:
+            return
+        self._leg = None
+        if self._is_sent:
+            return
+        if status >= 500 or status in _REFUSALS:
+            self._proxy.refused(leg.server, status)
+            self._after_failure(leg.server, UpstreamError("disconnected", f"prefill answered status {status}"))
+            return
+        self._drop_upstream()
+        self._client.write(
+            own_response(status, body, request_id=self._request.request_id, close=not self._client.keep_alive)
+        )
+        self._done(status)
+        self._client.finish()
 
     # ---- of Work -------------------------------------------------------------------------------------------------
 
@@ -269,12 +337,9 @@ class Exchange:
         self._drop_upstream()
         self._break(503, reason)
 
-    def _may_try_another(self) -> bool:
-        return (
-            not self._is_sent
-            and len(self._tried) < MAX_ATTEMPTS
-            and bool(self._proxy.registry.available_without(self._tried))
-        )
+    def _may_try_another(self, failed: Server | None) -> bool:
+        tried = [*self._tried, failed.url] if failed is not None else self._tried
+        return not self._is_sent and len(tried) < MAX_ATTEMPTS and self._proxy.placer.can_place(tried)
 
     def _break(self, status: int, message: str) -> None:
         """End without a whole answer."""
@@ -306,6 +371,9 @@ class Exchange:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+        if self._leg is not None:
+            leg, self._leg = self._leg, None
+            leg.drop()
 
     def _release(self) -> None:
         if self._ticket is not None:
@@ -314,7 +382,7 @@ class Exchange:
 
     def _done(self, status: int) -> None:
         self._release()
-        self._proxy.ended(self, self._request, self._server.url if self._server is not None else "", status)
+        self._proxy.ended(self, self._request, self._placement, status)
 
     def _log(self) -> RequestLogger:
         return RequestLogger(LOGGER, self._request.request_id.decode("latin-1"))

@@ -76,16 +76,20 @@ class Request:
         """The target without its query."""
         return self.target.partition(b"?")[0]
 
-    def forwarded(self, host: bytes) -> bytes:
-        """The request as it goes to the server at `host`: all headers but those of the client's connection."""
+    def forwarded(self, host: bytes, body: bytes | None = None) -> bytes:
+        """The request as it goes to the server at `host`: all headers but those of the client's connection.
+
+        `body` replaces the client's.
+        """
+        body = self.body if body is None else body
         named = _named(self.headers)
         parts = [self.method, b" ", self.target, b" HTTP/1.1\r\nhost: ", host, b"\r\nx-request-id: ", self.request_id]
         for name, value in self.headers:
             if name not in _OWN_REQUEST and name not in named:
                 parts += (b"\r\n", name, b": ", value)
-        if self.body or self.method != b"GET":
-            parts.append(b"\r\ncontent-length: %d" % len(self.body))
-        parts += (b"\r\n\r\n", self.body)
+        if body or self.method != b"GET":
+            parts.append(b"\r\ncontent-length: %d" % len(body))
+        parts += (b"\r\n\r\n", body)
         return b"".join(parts)
 
 

@@ -15,7 +15,8 @@ import fastdeploy
 from fastdeploy.config.flags import FlagParser
 from fastdeploy.errors import ConfigError, FastDeployError
 from fastdeploy.observability.logs import CONSOLE, ROOT, close_logging, setup_logging
-from fastdeploy.router.config import SPLIT_NOT_YET, RouterConfig, load_config, without_effect
+from fastdeploy.router.config import RouterConfig, load_config, without_effect
+from fastdeploy.router.placement import PairSettings
 from fastdeploy.router.policies import POLICIES
 
 PROGRAM = "python -m fastdeploy.router.launch"
@@ -57,8 +58,9 @@ def fd_router() -> int:
 def _config(flags: argparse.Namespace, default_port: int | None) -> RouterConfig:
     """Flags and file together. Raises `ConfigError`."""
     config = load_config(flags.config_path, flags.host, flags.port, flags.splitwise)
-    if flags.preempt_retry_count != 3 or flags.preempt_retry_exclude_decode:
-        raise ConfigError(f"--preempt-retry-count, --preempt-retry-exclude-decode: {SPLIT_NOT_YET}")
+    for name in ("preempt_retry_count", "pd_min_prompt_tokens"):
+        if getattr(flags, name) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be 0 or more")
     if flags.request_timeout_secs <= 0:
         raise ConfigError(f"--request-timeout-secs {flags.request_timeout_secs:g}: must be more than 0")
     port = config.server.port if config.server.port is not None else default_port
@@ -71,6 +73,11 @@ def _config(flags: argparse.Namespace, default_port: int | None) -> RouterConfig
         config,
         server=dataclasses.replace(config.server, port=port),
         scheduler=scheduler,
+        pairs=PairSettings(
+            min_prompt_tokens=flags.pd_min_prompt_tokens,
+            preempt_retry_count=flags.preempt_retry_count,
+            preempt_retry_exclude_decode=flags.preempt_retry_exclude_decode,
+        ),
         request_timeout_s=flags.request_timeout_secs,
     )
 
@@ -134,9 +141,17 @@ def _parser(program: str) -> FlagParser:
     parser.add_argument("-config_path", dest="config_path", default="", help=argparse.SUPPRESS)
     add("policy", "how a server is chosen (default: request_num)", choices=tuple(POLICIES), metavar="NAME")
     add("request-timeout-secs", "longest a request may take (default: 1800)", type=float, default=1800.0, metavar="X")
-    add("splitwise", "pair prefill and decode servers (not supported yet)", **switch)
-    add("preempt-retry-count", "of --splitwise (not supported yet)", type=int, default=3, metavar="N")
-    add("preempt-retry-exclude-decode", "of --splitwise (not supported yet)", default=False, **switch)
+    add("splitwise", "pair prefill and decode servers", **switch)
+    count: dict[str, object] = {"type": int, "metavar": "N"}
+    add(
+        "preempt-retry-count",
+        "how often to repeat what decode gave up, with --splitwise (default: 3)",
+        default=3,
+        **count,
+    )
+    add("preempt-retry-exclude-decode", "repeat it with another decode server", default=False, **switch)
+    text = "with --splitwise: prompts of which decode lacks fewer tokens go to decode alone (default: 0, none)"
+    add("pd-min-prompt-tokens", text, default=0, **count)
     parser.add_argument("--version", "-version", "-V", help="print the version", default=False, **switch)  # type: ignore[arg-type]
     return parser
 

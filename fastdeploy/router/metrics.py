@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fastdeploy.router.policies import CacheAware, Policy
+from fastdeploy.router.placement import PairPlacer, Placer
+from fastdeploy.router.policies import CacheAware
 from fastdeploy.router.registry import Registry
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
@@ -38,14 +39,15 @@ class _Durations:
 class RouterMetrics(Collector):
     """Every figure of one router; those of servers are read from the registry."""
 
-    def __init__(self, registry: Registry, policy: Policy) -> None:
+    def __init__(self, registry: Registry, placer: Placer) -> None:
         self.n_retries = 0
+        self.n_preempted = 0
         self.n_clients_gone = 0
         self.n_in_flight = 0
         self._registry = registry
-        self._policy = policy
+        self._placer = placer
         self._http: dict[tuple[str, str, str], int] = {}
-        self._inference: dict[tuple[str, str], int] = {}
+        self._inference: dict[tuple[str, str, str, str], int] = {}
         self._failures: dict[tuple[str, str], int] = {}
         self._durations: dict[tuple[str, str], _Durations] = {}
         self._collectors = CollectorRegistry()
@@ -59,9 +61,9 @@ class RouterMetrics(Collector):
             durations = self._durations[method, endpoint] = _Durations()
         durations.add(took_s)
 
-    def inference(self, url: str, status: int) -> None:
-        """A forwarded request ended; `url` is the last server that it was given to, or empty."""
-        _count(self._inference, (url, str(status)))
+    def inference(self, mixed: str, prefill: str, decode: str, status: int) -> None:
+        """A forwarded request ended; the URLs are those it was given to last, or empty."""
+        _count(self._inference, (mixed, prefill, decode, str(status)))
 
     def failure(self, url: str, kind: str) -> None:
         """A server gave no whole answer."""
@@ -74,27 +76,41 @@ class RouterMetrics(Collector):
             http.add_metric(key, n)
         labels = ["mixed_worker", "prefill_worker", "decode_worker", "status_code"]
         inference = CounterMetricFamily("inference_requests", "Forwarded requests, by server.", labels=labels)
-        for (url, status), n in self._inference.items():
-            inference.add_metric([url, "", "", status], n)
+        for names, n in self._inference.items():
+            inference.add_metric(names, n)
         durations = Metric("http_request_duration_seconds", "From a whole request to the end of its answer.", "summary")
         for (method, endpoint), seen in self._durations.items():
-            names = {"method": method, "endpoint": endpoint}
+            labelled = {"method": method, "endpoint": endpoint}
             for quantile, value in zip(QUANTILES, quantiles(list(seen.latest)), strict=True):
-                durations.add_sample(durations.name, {**names, "quantile": str(quantile)}, value)
-            durations.add_sample(f"{durations.name}_count", names, seen.n)
-            durations.add_sample(f"{durations.name}_sum", names, seen.total)
+                durations.add_sample(durations.name, {**labelled, "quantile": str(quantile)}, value)
+            durations.add_sample(f"{durations.name}_count", labelled, seen.n)
+            durations.add_sample(f"{durations.name}_sum", labelled, seen.total)
         yield from (http, inference, durations)
         yield from self._cache()
+        yield from self._pairs()
         yield from self._own()
         yield from self._of_servers()
 
     def _cache(self) -> Iterator[Metric]:
-        policy = self._policy
-        n_asked, n_hits = (policy.n_asked, policy.n_hits) if isinstance(policy, CacheAware) else (0, 0)
+        aware = [policy for policy in self._placer.policies if isinstance(policy, CacheAware)]
+        n_asked, n_hits = sum(one.n_asked for one in aware), sum(one.n_hits for one in aware)
         yield CounterMetricFamily("router_cache_request", "Requests placed by a cache aware policy.", value=n_asked)
         yield CounterMetricFamily(
             "router_cache_hit", "Of those, sent to a server that had seen the beginning of the prompt.", value=n_hits
         )
+
+    def _pairs(self) -> Iterator[Metric]:
+        placer = self._placer
+        if isinstance(placer, PairPlacer):
+            decisions = CounterMetricFamily(
+                "router_pd_decisions", "Requests given to a pair, or to decode alone and why.", labels=["decision"]
+            )
+            for name, n in (("pair", placer.n_pairs), ("short", placer.n_short), ("cached", placer.n_cached)):
+                decisions.add_metric([name], n)
+            yield decisions
+            yield CounterMetricFamily(
+                "router_pd_preempted", "Requests placed again as decode gave them up.", value=self.n_preempted
+            )
 
     def _own(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("router_requests_in_flight", "Forwarded requests.", value=self.n_in_flight)

@@ -220,9 +220,9 @@ POLICIES: Mapping[str, Make] = MappingProxyType(
 )
 
 
-def make_policy(settings: SchedulerSettings, rng: random.Random | None = None) -> Policy:
-    """The policy named by `settings.policy`. Raises ConfigError for an unknown name."""
-    make = POLICIES.get(settings.policy)
+def make_policy(settings: SchedulerSettings, name: str, rng: random.Random | None = None) -> Policy:
+    """The policy of that name. Raises ConfigError for an unknown one."""
+    make = POLICIES.get(name)
     if make is None:
-        raise ConfigError(f"scheduler.policy: {settings.policy!r} is none of {', '.join(POLICIES)}")
+        raise ConfigError(f"policy {name!r} is none of {', '.join(POLICIES)}")
     return make(settings, rng or random.Random())

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 MAX_PARSED_BYTES = 4 * 1024 * 1024  # parsing a larger body would keep all streams waiting
+BYTES_PER_TOKEN = 4  # of UTF-8, what tokenizers make of prose in most languages
 TOKENS_PER_CHARACTER = 2  # the router's estimate for texts; token ids are counted
 
 
@@ -24,11 +25,15 @@ class _Body(msgspec.Struct, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class PromptFigures:
-    """`n_tokens` is an estimate; `text` is empty when it was not wanted or is not text."""
+    """`n_tokens` is an estimate from above, for loads; `text` is empty when it was not wanted or is not text.
+
+    `n_prompt_tokens` is the likely length of the prompt, 0 when it is not known or no text was wanted.
+    """
 
     n_tokens: int
     text: str
     is_stream: bool
+    n_prompt_tokens: int = 0
 
 
 class PromptReader:
@@ -58,7 +63,10 @@ class PromptReader:
         text = " ".join(texts) if self._wants_text else ""
         if self._wants_text and n_ids and not texts:
             text = _as_text(fields)
-        return PromptFigures(n_tokens, text, fields.stream is True)
+        n_likely = 0
+        if self._wants_text:
+            n_likely = n_ids + -(-sum(len(one.encode(errors="replace")) for one in texts) // BYTES_PER_TOKEN)
+        return PromptFigures(n_tokens, text, fields.stream is True, n_likely)
 
 
 def _gather(value: Any, texts: list[str]) -> int:

@@ -52,8 +52,10 @@ class Registry:
     """All servers, in the order of their URLs."""
 
     ledger: Ledger = field(default_factory=Ledger)
+    is_split: bool = False  # takes prefill and decode servers instead of mixed ones
     _servers: dict[str, Server] = field(default_factory=dict)
     _available: list[Server] = field(default_factory=list)
+    _by_role: dict[str, list[Server]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Server]:
         return iter([self._servers[url] for url in sorted(self._servers)])
@@ -70,13 +72,16 @@ class Registry:
         """Those that may get requests; do not change the list."""
         return self._available
 
-    def available_without(self, tried: Collection[str]) -> Sequence[Server]:
-        """The same without those URLs."""
-        return [server for server in self._available if server.url not in tried] if tried else self._available
+    def available_without(self, tried: Collection[str], role: str = "") -> Sequence[Server]:
+        """The same without those URLs, or of one role only."""
+        servers = self._by_role.get(role, []) if role else self._available
+        return [server for server in servers if server.url not in tried] if tried else servers
 
     def check_role(self, record: Record) -> None:
         """Raises `InvalidRequest` when this router takes no such servers."""
-        if record.role != "mixed":
+        if self.is_split and record.role == "mixed":
+            raise InvalidRequest("splitwise mode only supports PREFILL/DECODE instances, got mixed", "role")
+        if not self.is_split and record.role != "mixed":
             raise InvalidRequest(f"only MIXED instances are allowed, got {record.role}", "role")
 
     def heartbeat(self, record: Record, now_s: float) -> Server | None:
@@ -171,3 +176,6 @@ class Registry:
 
     def _renew_available(self) -> None:
         self._available = [server for server in self if server.is_well and not server.record.is_paused]
+        self._by_role = {}
+        for server in self._available:
+            self._by_role.setdefault(server.record.role, []).append(server)

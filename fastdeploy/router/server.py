@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from fastdeploy.errors import InvalidRequest
 from fastdeploy.observability.logs import CONSOLE
 from fastdeploy.router.app import App
 from fastdeploy.router.config import RouterConfig, load_instances
@@ -18,7 +19,8 @@ from fastdeploy.router.downstream import ClientConnection
 from fastdeploy.router.health import HealthChecker
 from fastdeploy.router.ledger import ServerLoad
 from fastdeploy.router.metrics import RouterMetrics
-from fastdeploy.router.policies import Policy, make_policy
+from fastdeploy.router.placement import MixedPlacer, PairPlacer, Placer
+from fastdeploy.router.policies import make_policy
 from fastdeploy.router.proxy import Proxy
 from fastdeploy.router.registry import Registry
 
@@ -67,7 +69,7 @@ class Router:
 
     config: RouterConfig
     registry: Registry
-    policy: Policy
+    placer: Placer
     checker: HealthChecker
     proxy: Proxy
     app: App
@@ -75,12 +77,12 @@ class Router:
     @classmethod
     def build(cls, config: RouterConfig) -> Router:
         """Put the parts together. Raises `ConfigError` for an unknown policy or a bad `register-path` file."""
-        registry, policy = Registry(), make_policy(config.scheduler)
-        checker = HealthChecker(registry, config.manager, policy.needs_remote)
-        metrics = RouterMetrics(registry, policy)
-        proxy = Proxy(registry, policy, checker, metrics, config.request_timeout_s)
+        registry, placer = _placing(config)
+        checker = HealthChecker(registry, config.manager, any(policy.needs_remote for policy in placer.policies))
+        metrics = RouterMetrics(registry, placer)
+        proxy = Proxy(placer, config.pairs, checker, metrics, config.request_timeout_s)
         _register_from_file(config, registry)
-        return cls(config, registry, policy, checker, proxy, App(registry, checker, proxy, metrics))
+        return cls(config, registry, placer, checker, proxy, App(registry, checker, proxy, metrics))
 
     @asynccontextmanager
     async def listening(
@@ -133,7 +135,7 @@ class Router:
         """Forgets what nobody needs any more."""
         while True:
             await asyncio.sleep(self.config.scheduler.eviction_interval_secs)
-            self.policy.tidy(asyncio.get_running_loop().time())
+            self.placer.tidy(asyncio.get_running_loop().time())
             self.registry.forget_idle_loads()
 
     async def _report(self) -> None:
@@ -172,6 +174,13 @@ def _shown(load: ServerLoad) -> str:
     return f"{load.url} requests={load.n_requests} tokens={load.n_tokens} total={load.n_requests_total}"
 
 
+def _placing(config: RouterConfig) -> tuple[Registry, Placer]:
+    registry = Registry(is_split=config.server.splitwise)
+    if config.server.splitwise:
+        return registry, PairPlacer(registry, config.scheduler, config.pairs)
+    return registry, MixedPlacer(registry, make_policy(config.scheduler, config.scheduler.policy))
+
+
 def _register_from_file(config: RouterConfig, registry: Registry) -> None:
     """They get requests once their first health check succeeded."""
     if not config.manager.register_path:
@@ -180,4 +189,9 @@ def _register_from_file(config: RouterConfig, registry: Registry) -> None:
     for line in problems:
         LOGGER.error(line)
     for record in records:
+        try:
+            registry.check_role(record)
+        except InvalidRequest as exc:
+            LOGGER.error("Failed to register instance: %s: %s", record.url, exc)
+            continue
         registry.add(record, 0.0, is_well=False, is_static=True)

@@ -2,15 +2,17 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from itertools import zip_longest
 from typing import Any
 
 import pytest
 
 from fastdeploy.entrypoints.openai.server import bind
-from fastdeploy.router.config import RouterConfig
+from fastdeploy.router.config import RouterConfig, ServerSettings
 from fastdeploy.router.health import ManagerSettings
+from fastdeploy.router.placement import PairSettings
 from fastdeploy.router.policies import SchedulerSettings
 from fastdeploy.router.server import Router
 
@@ -177,6 +179,7 @@ class Running:
 
     def check_idle(self) -> None:
         """Nothing is in flight, and the ledger is at zero."""
+        assert not self.router.proxy.legs
         assert self.router.proxy.n_in_flight == 0
         for server in self.router.registry:
             assert (server.load.n_requests, server.load.n_waiting, server.load.n_tokens) == (0, 0, 0)
@@ -188,9 +191,14 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    *scripts: Script, policy: str = "round_robin", timeout_s: float = PATIENCE_S, **manager: Any
+    *scripts: Script,
+    policy: str = "round_robin",
+    timeout_s: float = PATIENCE_S,
+    roles: Sequence[str] = (),
+    pairs: PairSettings | None = None,
+    **manager: Any,
 ) -> AsyncIterator[tuple[Running, list[FakeServer]]]:
-    """A router in front of one registered server per script, in the order of their URLs."""
+    """A router in front of one registered server per script, in the order of their URLs; `roles` for pairs."""
     servers = [FakeServer(script) for script in scripts]
     for server in servers:
         await server.start()
@@ -198,14 +206,19 @@ async def running(
     for server, script in zip(servers, scripts, strict=True):
         server.script = script
     config = RouterConfig(
-        scheduler=SchedulerSettings(policy=policy), manager=ManagerSettings(**manager), request_timeout_s=timeout_s
+        server=ServerSettings(splitwise=bool(roles)),
+        scheduler=SchedulerSettings(policy=policy, prefill_policy=policy, decode_policy=policy),
+        pairs=pairs or PairSettings(),
+        manager=ManagerSettings(**manager),
+        request_timeout_s=timeout_s,
     )
     router = Router.build(config)
     with bind("127.0.0.1", 0, "--port") as sock:
         async with router.listening(sock):
             run = Running(router, sock.getsockname()[1])
-            for server in servers:
-                assert (await run.register(server))[0] == 200
+            for server, role in zip_longest(servers, roles, fillvalue="mixed"):
+                fields = {"connector_port": 7000, "transfer_protocol": ["ipc", "rdma"]} if roles else {}
+                assert (await run.register(server, role=role, **fields))[0] == 200
             try:
                 yield run, servers
             finally:

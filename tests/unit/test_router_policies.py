@@ -24,7 +24,7 @@ def loads_of(*n_requests: int, **fields: Any) -> list[ServerLoad]:
 
 
 def policy(name: str, **settings: Any) -> Policy:
-    return make_policy(SchedulerSettings(policy=name, **settings), random.Random(1))
+    return make_policy(SchedulerSettings(**settings), name, random.Random(1))
 
 
 def ask(text: str = "", now_s: float = 0.0) -> Ask:
