@@ -6,6 +6,13 @@ FastDeployError
 ├── EngineError            the engine as a whole cannot go on
 │   ├── EngineStartError   it did not come up
 │   └── EngineDeadError    it was up and is gone
+├── TransferError          KV pages of another rank could not be read; the request may be computed here instead
+│   ├── TransferUnavailable  the protocol does not work here, or the peer cannot be reached
+│   ├── LayoutMismatch     the peer's pages are cut in a way that cannot be mapped to this rank's
+│   ├── PeerGone           the peer ended, or was started again
+│   ├── PullTimeout        the pages did not come within the deadline
+│   ├── StalePages         the pages are of another owner or generation, were pulled before, or are pulled now
+│   └── WrongPages         what was read does not have the check values that were offered
 └── RequestError           one request fails, the engine carries on; carries the HTTP status and OpenAI's error fields
     ├── InvalidRequest     400: a field is wrong; `param` names it
     ├── ContextTooLong     400: prompt (and tokens asked for) exceed the model length
@@ -39,6 +46,34 @@ class EngineStartError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine was up and is gone."""
+
+
+class TransferError(FastDeployError):
+    """KV pages of another rank could not be read. Nothing but the pages that were to be filled has changed."""
+
+
+class TransferUnavailable(TransferError):
+    """A transfer protocol does not work here, or the peer cannot be reached; the text tells what to check."""
+
+
+class LayoutMismatch(TransferError):
+    """The peer's pages are cut in a way that cannot be mapped to this rank's; the text names the field."""
+
+
+class PeerGone(TransferError):
+    """The peer ended, or another process has taken its place."""
+
+
+class PullTimeout(TransferError):
+    """The pages did not come within the deadline."""
+
+
+class StalePages(TransferError):
+    """A page set is of another owner or an older generation, or its pages were pulled already or are being pulled."""
+
+
+class WrongPages(TransferError):
+    """What was read does not have the check values offered; the text names layer, page, expected and found value."""
 
 
 class RequestError(FastDeployError):

@@ -58,6 +58,7 @@ class CpuKernels:
     choose_experts: Callable[[int, int, int, int, int], None]  # struct gate, logits, experts, weights, n_rows
     # x, residual, weight, sum, y, n_rows, n, eps
     rms_norm: Callable[[int, int | None, int, int | None, int, int, int, float], None]
+    copy_pages: Callable[[int, int], None]  # struct page_copy, checks
 
 
 @lru_cache(maxsize=1)
@@ -109,6 +110,8 @@ def load_kernels(isa: str, folder: Path | None = None) -> CpuKernels:
     library.fd_choose_experts.restype = None
     library.fd_rms_norm.argtypes = [*[pointer] * 5, number, number, ctypes.c_float]
     library.fd_rms_norm.restype = None
+    library.fd_copy_pages.argtypes = [pointer, pointer]
+    library.fd_copy_pages.restype = None
     return CpuKernels(
         isa=isa,
         linear=library.fd_linear,
@@ -117,6 +120,7 @@ def load_kernels(isa: str, folder: Path | None = None) -> CpuKernels:
         store=library.fd_store,
         choose_experts=library.fd_choose_experts,
         rms_norm=library.fd_rms_norm,
+        copy_pages=library.fd_copy_pages,
     )
 
 
