@@ -126,11 +126,13 @@ TRANSPORTS = {
 }
 
 
-def make_transport(name: str, memory: PageMemory, owner: str, host: str) -> Transport:
+def make_transport(name: str, memory: PageMemory, owner: str, host: str, port: int = 0) -> Transport:
     """The transport called `name` for the pages of this rank; a KeyError for an unknown name is our own bug.
 
-    `owner` and `host` as in `Endpoint`. Raises TransferUnavailable where it cannot work.
+    `owner` and `host` as in `Endpoint`; a transport that listens binds `host` and `port`, where 0 is any free port.
+    Raises TransferUnavailable where it cannot work.
     """
     module, cls = TRANSPORTS[name].split(":")
-    transport: Transport = getattr(import_module(f"fastdeploy.transfer.{module}"), cls)(memory, owner, host)
+    maker = getattr(import_module(f"fastdeploy.transfer.{module}"), cls)
+    transport: Transport = maker(memory, owner, host, port)
     return transport

@@ -17,7 +17,7 @@ SHAPES = [(1, 1, 1, 1), (4, 4, 4, 2048), (2, 3, 2, 16), (1, 2, 5, 700), (3, 4, 4
 N_PAGES = [0, 1, 13]
 
 
-def words(*shape: int, device: torch.device = torch.device("cpu")) -> Tensor:
+def words(*shape: int, device: torch.device | None = None) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, shape, device=device)
 
 
