@@ -32,6 +32,7 @@ from fastdeploy.wire.messages import (
     LoadProgress,
     Ready,
     Shutdown,
+    Starting,
     Status,
     StepOutput,
     Submit,
@@ -64,7 +65,7 @@ class EngineCore:
 
     def start(self) -> None:
         """Wait for the ranks; afterwards requests are served."""
-        rank = self.executor.wait_ready(self._on_progress, _START_PATIENCE_S, self._bring_ranks_together)
+        rank = self.executor.wait_ready(self._on_progress, _START_PATIENCE_S, self._while_ranks_load)
         self.config = with_measured_pages(self.config, rank.n_pages)
         self.scheduler = Scheduler(self.config)
         self.ready = Ready(rank.n_pages, rank.kv_bytes, rank.weight_bytes, rank.stages_s)
@@ -100,6 +101,14 @@ class EngineCore:
                 self.executor.check_alive()
             self._broadcast(self._status())
             self._status_due_s = time.monotonic() + _STATUS_EVERY_S
+
+    def _while_ranks_load(self) -> None:
+        """Called several times a second."""
+        if time.monotonic() >= self._status_due_s:
+            self._meet_front_ends()
+            self._broadcast(Starting())
+            self._status_due_s = time.monotonic() + _STATUS_EVERY_S
+        self._bring_ranks_together()
 
     def _bring_ranks_together(self) -> None:
         """While the ranks load: pass on where those of one process group meet, within this replica or to all cores."""

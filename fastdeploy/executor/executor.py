@@ -33,6 +33,7 @@ from fastdeploy.wire.messages import (
 )
 
 _POLL_S = 0.05
+_START_SILENCE_LIMIT_S = 20.0  # beside importing and loading, which may hold a heartbeat up
 _SILENCE_LIMIT_S = 6.0  # every rank's heartbeat comes once a second, also during a step
 
 _decode = msgspec.msgpack.Decoder(RankEvent).decode
@@ -48,6 +49,7 @@ class Executor:
         self._last_progress_s = time.monotonic()
         self._heard_s: list[float] = []
         self._n_layers_done = -1
+        self._watches_start = config.model.device == "cpu"  # a driver may hold up a whole process for long
         self.n_rows_of_expert: dict[int, int] = {}  # as far as these ranks hold experts and count
         self.store: GroupStore | None = None  # opened by one of these ranks; all ranks of its group have to be told
         env = cpu_rank_environment(os.environ) if config.model.device == "cpu" else {}
@@ -71,6 +73,7 @@ class Executor:
         `meanwhile` is called several times a second; it may call `join_group`.
         """
         ready: dict[int, RankReady] = {}
+        self._heard_s = [time.monotonic()] * len(self.connections)
         deadline_s = time.monotonic() + patience_s
         while len(ready) < len(self.connections):
             meanwhile()
@@ -90,6 +93,8 @@ class Executor:
             if time.monotonic() > deadline_s:
                 late = [child.name for rank, child in enumerate(self.children) if rank not in ready]
                 raise errors.EngineStartError(f"{', '.join(late)}: no progress for {patience_s:.0f} s while starting")
+            if self._watches_start:
+                self.check_alive(_START_SILENCE_LIMIT_S)
         self._last_progress_s = time.monotonic()
         self._heard_s = [self._last_progress_s] * len(self.connections)
         return min(ready.values(), key=lambda r: r.n_pages)
@@ -102,11 +107,11 @@ class Executor:
         """Give a plan to all ranks."""
         self._send(plan)
 
-    def check_alive(self) -> None:
+    def check_alive(self, limit_s: float = _SILENCE_LIMIT_S) -> None:
         """Raises EngineDeadError when a rank has been silent for too long, as a stopped process is."""
         now_s = time.monotonic()
         for rank, heard_s in enumerate(self._heard_s):
-            if now_s - heard_s > _SILENCE_LIMIT_S:
+            if now_s - heard_s > limit_s:
                 child = self.children[rank]
                 raise errors.EngineDeadError(
                     f"{child.name} (pid {child.process.pid}) has been silent for {now_s - heard_s:.0f} s"

@@ -93,8 +93,9 @@ def main() -> None:
     setup_logging(boot.config.log_dir, f"rank{boot.number}", console=False)
     faulthandler.enable()
     link = CoreLink(boot.connection_fd)
+    heart = _Heart(link)
     try:
-        _serve(boot, link)
+        _serve(boot, link, heart)
     except FastDeployError as error:
         log.error("%s", error)
         link.send(RankFailed(type(error).__name__, str(error)))
@@ -103,7 +104,7 @@ def main() -> None:
         link.send(RankFailed("EngineDeadError", f"rank {boot.number}: {type(error).__name__}: {error}"))
 
 
-def _serve(boot: RankBoot, link: CoreLink) -> None:
+def _serve(boot: RankBoot, link: CoreLink, heart: _Heart) -> None:
     import torch
 
     from fastdeploy.distributed import groups, topology
@@ -132,7 +133,7 @@ def _serve(boot: RankBoot, link: CoreLink) -> None:
     if config.model.device == "cuda":
         stages_s["warm-up"] = round(time.monotonic() - warm_s, 2)
     link.send(RankReady(runner.n_pages, runner.kv_bytes, runner.weight_bytes, stages_s))
-    threading.Thread(target=_beat, args=(link, runner), name="heartbeat", daemon=True).start()
+    heart.runner = runner
     _run_steps(runner, link, config.model.device == "cuda")
 
 
@@ -251,10 +252,19 @@ class _Meeting:
         )
 
 
-def _beat(link: CoreLink, runner: ModelRunner) -> None:
-    while True:
-        link.send(RankAlive(runner.layers_done(), runner.rows_of_experts()))
-        time.sleep(_HEARTBEAT_S)
+class _Heart:
+    """Tells the core once a second that this process runs, and what `runner` has done once there is one."""
+
+    def __init__(self, link: CoreLink) -> None:
+        self.runner: ModelRunner | None = None
+        self._link = link
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def _beat(self) -> None:
+        while True:
+            runner = self.runner
+            self._link.send(RankAlive(runner.layers_done(), runner.rows_of_experts()) if runner else RankAlive(0))
+            time.sleep(_HEARTBEAT_S)
 
 
 def _progress_reporter(link: CoreLink) -> Report:

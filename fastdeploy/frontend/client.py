@@ -140,6 +140,7 @@ class EngineClient:
 
     async def connect(self, on_progress: Callable[[LoadProgress], None]) -> Ready:
         """Wait until the engine takes requests. Raises the error that it failed to start with."""
+        self._heard_s = time.monotonic()
         ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._tasks = [
             asyncio.create_task(self._receive(ready, on_progress), name="engine events"),

@@ -14,9 +14,10 @@ from fastdeploy.frontend.ledger import RankLoad
 from fastdeploy.wire.messages import GroupAddress, LoadProgress, Ready, Status, Submit
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0  # a start takes longer than that by itself
-_STEADY_S = 20.0  # an engine that served for this long does not die of being started
+_STEADY_S = 3.0  # an engine that served for this long does not die of being started
 _MAX_FAILED_STARTS = 5
 _SILENCE_LIMIT_S = 6.0
+_START_SILENCE_LIMIT_S = 15.0  # of a core, which does nothing that takes long
 _NO_ENGINE = Status(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, stalled_s=0.0)
 
 log = logging.getLogger("fastdeploy.replica")
@@ -107,7 +108,17 @@ class Replica:
         except OSError as error:
             raise EngineStartError(f"could not start the engine core: {error}") from error
         self._client = EngineClient(engine, self.config.stall_limit_s, self._on_status, self._on_withdrawn)
-        ready = await self._client.connect(on_progress)
+        connecting = asyncio.create_task(self._client.connect(on_progress))
+        try:
+            while not (await asyncio.wait([connecting], timeout=1.0))[0]:
+                # Whoever starts the server for the first time may also stop it for a while (Ctrl-Z).
+                if self._keeper is not None and self._client.silence_s() > _START_SILENCE_LIMIT_S:
+                    self._client.give_up(f"has been silent for {self._client.silence_s():.0f} s while starting")
+        except asyncio.CancelledError:
+            connecting.cancel()
+            await asyncio.gather(connecting, return_exceptions=True)
+            raise
+        ready = connecting.result()
         self._down = None
         return ready
 
@@ -120,17 +131,17 @@ class Replica:
         return death.result()
 
     async def _keep(self) -> None:
-        """Replace the engine whenever it dies, after a pause that grows while it keeps dying soon.
+        """Replace the engine whenever it dies: at once, but after a pause that grows while it keeps dying soon.
 
         It is given up after a number of starts that failed one after the other; one that served is always replaced.
         """
-        pause_s = _FIRST_PAUSE_S
+        pause_s = 0.0
         while True:
             assert self._client is not None
             served_since_s = time.monotonic()
             error: FastDeployError = await self._death_of(self._client)
             if time.monotonic() - served_since_s > _STEADY_S:
-                pause_s = _FIRST_PAUSE_S
+                pause_s = 0.0
             n_failed = 0
             while True:
                 self._down = f"{error}; the engine is being started again" if self._restart else str(error)
@@ -143,7 +154,7 @@ class Replica:
                 log.error("data-parallel rank %d: %s", self.config.parallel.data_rank, error)
                 log.info("starting it again in %.1f s", pause_s)
                 await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                pause_s = min(max(2 * pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
                 try:
                     await self._connect(lambda _: None)
                     break

@@ -112,6 +112,10 @@ class LoadProgress(_Message, frozen=True):
     unit: str
 
 
+class Starting(_Message, frozen=True):
+    """Heartbeat of an engine core whose ranks are not ready yet."""
+
+
 class Ready(_Message, frozen=True):
     """The engine takes requests. `stages_s` names each start-up stage and its seconds."""
 
@@ -147,7 +151,7 @@ class EngineFailed(_Message, frozen=True):
     message: str
 
 
-Event: TypeAlias = StepOutput | Withdrawn | LoadProgress | Ready | Status | EngineFailed
+Event: TypeAlias = StepOutput | Withdrawn | LoadProgress | Starting | Ready | Status | EngineFailed
 
 
 class StepAgreement(msgspec.Struct, frozen=True, array_like=True, gc=False):
