@@ -100,6 +100,15 @@ def test_tensor_parallel(
     assert engine.generate(requests_of(1)) == expected
 
 
+def test_sixteen_ranks(ranks: RankProcesses, tiny_model: GetModel, alone: Callable[..., list[list[list[int]]]]) -> None:
+    """Eight replicas of two ranks each, an expert on every rank."""
+    options = {"moe_num_experts": 16, "moe_k": 3}
+    expected = alone(requests_of(8), "ernie4_5_moe", **options)
+    folder = tiny_model("ernie4_5_moe", **options)
+    engine = ParallelEngine(ranks, folder, ParallelConfig(data=8, tensor=2, expert=True))
+    assert engine.generate(requests_of(8)) == expected
+
+
 @pytest.mark.parametrize("exchange", ["gloo", "shm"])
 def test_uneven_experts(
     ranks: RankProcesses, tiny_model: GetModel, alone: Callable[..., list[list[list[int]]]], exchange: str
