@@ -131,7 +131,7 @@ class EngineArgs:
     ] = "normal"
     rsync_config: Annotated[Json | None, Flag(MODEL, "Settings of weight transfer.")] = None
     quantization: Annotated[
-        str | Json | None, Flag(MODEL, "Quantize while loading: block_wise_fp8 makes 8-bit experts.")
+        str | Json | None, Flag(MODEL, "Quantize while loading: block_wise_fp8 makes 8-bit weights.")
     ] = None
     graph_optimization_config: Annotated[Json | None, Flag(MODEL, "Settings of CUDA graphs and compilation.")] = None
     plas_attention_config: Annotated[Json | None, Flag(MODEL, "Settings of sparse attention.")] = None

@@ -17,9 +17,7 @@ def resolve_quantization(
         return None
     if asked != BLOCK_WISE_FP8:
         shown = f"--quantization {asked}" if isinstance(asked, str) else "--quantization"
-        problems.append(f"{shown}: not supported yet: {BLOCK_WISE_FP8} is, for the experts, on Hopper GPUs")
+        problems.append(f"{shown}: not supported yet: {BLOCK_WISE_FP8} is, on Hopper GPUs")
     elif device != "cuda":
         problems.append(f"--quantization {asked}: needs a Hopper GPU; leave it out to compute in float32 on a CPU")
-    elif shape.moe is None:
-        problems.append(f"--quantization {asked}: quantises experts, and {shape.architecture} has none; leave it out")
     return BLOCK_WISE_FP8

@@ -86,7 +86,7 @@ class ModelConfig:
     tokenizer_path: str | None = None  # None: the model's folder
     random_weights: bool = False  # `--load-choices dummy`
     seed: int = 0
-    quantization: Literal["block_wise_fp8"] | None = None  # of the experts, made when they are loaded
+    quantization: Literal["block_wise_fp8"] | None = None  # of experts and linear layers, made when they are loaded
     synthetic: SyntheticConfig | None = None  # there is no model: answers are made up at this pace
 
 

@@ -14,9 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastdeploy.kernels.overlap import overlaps
+from fastdeploy.kernels.overlap import await_previous, overlaps
 
 _PROGRAMS_PER_SM = 4
 _MIN_SPLITS, _MAX_SPLITS = 4, 32
@@ -169,9 +168,7 @@ def _decode_kernel(  # noqa: PLR0915 one kernel, one launch
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    await_previous(PDL)
     kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_context = tl.load(n_context_ptr + seq)
     n_blocks = tl.cdiv(n_context, BLOCK)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdeploy.kernels.overlap import await_previous, overlaps
+
 N_ARRIVED = 64  # counters that `choose_experts` needs
 _MAX_SLICED_TOKENS = 1024
 _N_PROGRAMS = 132
@@ -75,12 +77,14 @@ def choose_experts(
     tile = _tile(n_tokens, hidden_size)
     n_slices = triton.cdiv(hidden_size, tile.slice_h)
     part_nte = torch.empty(n_slices if n_slices > 1 else 0, n_tokens, n_experts, device=x_tH.device)
+    pdl = overlaps(x_tH.device)
     lossy = weight_neH.shape[0] == 1 and x_tH.dtype != torch.float32
     _route_kernel[(triton.cdiv(n_tokens, tile.block_t), n_slices)](
         x_tH, weight_neH, weight_neH if bias_e is None else bias_e, part_nte, arrived_b, expert_tk, weight_tk, n_tokens,
         norm_min or 0.0, hidden_size, n_experts, k, triton.next_power_of_2(k), weight_neH.shape[0], tile.slice_h,
         n_slices, bias_e is not None, norm_min is not None, lossy, tile.block_t,
-        max(16, triton.next_power_of_2(n_experts)), tile.block_k, num_warps=tile.warps, num_stages=3,
+        max(16, triton.next_power_of_2(n_experts)), tile.block_k, pdl, num_warps=tile.warps, num_stages=3,
+        launch_pdl=pdl,
     )  # fmt: skip
     return expert_tk, weight_tk
 
@@ -106,13 +110,14 @@ def _route_kernel(
     x_ptr, w_ptr, bias_ptr, part_ptr, arrived_ptr, expert_ptr, weight_ptr, n_tokens, norm_min, H: tl.constexpr,
     E: tl.constexpr, K: tl.constexpr, BKEPT: tl.constexpr, N_PARTS: tl.constexpr, SLICE: tl.constexpr,
     N_SLICES: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALISE: tl.constexpr, LOSSY: tl.constexpr, BT: tl.constexpr,
-    BE: tl.constexpr, BK: tl.constexpr,
+    BE: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     first = tl.program_id(1) * SLICE
     expert, column = tl.arange(0, BE), tl.arange(0, BK)
     inside = (token < n_tokens)[:, None] & (expert < E)
     logit = tl.zeros((BT, BE), tl.float32)
+    await_previous(PDL)
     for k in range(0, SLICE, BK):
         h = first + k + column
         x = tl.load(x_ptr + token.to(tl.int64)[:, None] * H + h, mask=(token < n_tokens)[:, None] & (h < H), other=0.0)

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastdeploy.kernels.overlap import overlaps
+from fastdeploy.kernels.overlap import await_previous, overlaps
 
 _WIDE = 3072  # outputs from which programs of more outputs each fill a GPU
 
@@ -69,9 +68,7 @@ def _linear_one_kernel(
     weight_at = weight_ptr + output.to(tl.int64)[:, None] * N_IN
     inside = place < N_IN
     weight = tl.load(weight_at + place[None, :], mask=exists[:, None] & inside[None, :], other=0.0)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    await_previous(PDL)
     x = tl.load(x_ptr + place, mask=inside, other=0.0)
     products = weight.to(tl.float32) * x.to(tl.float32)[None, :]
     for start in tl.range(INPUTS, N_IN, INPUTS, num_stages=STAGES):

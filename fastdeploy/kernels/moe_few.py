@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdeploy.kernels.moe_rows import group_of
+from fastdeploy.kernels.overlap import await_previous, overlaps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,15 +65,15 @@ def gate_up_few(x_tH: Tensor, gate_up_eXH: Tensor, groups: Groups, tile: FewTile
     """
     n_groups, n_rows, hidden_size = gate_up_eXH.shape
     h_pM = x_tH.new_empty(groups.n_pairs, n_rows // 2)
-    n_blocks = groups.max_blocks(tile.bm)
+    n_blocks, pdl = groups.max_blocks(tile.bm), overlaps(x_tH.device) and groups.pair_p is not None
     if n_blocks:
         w = TensorDescriptor.from_tensor(gate_up_eXH.view(-1, hidden_size), [tile.bn, tile.bk])
         grid = (n_blocks * triton.cdiv(n_rows // 2, tile.bn),)
         _gate_up_kernel[grid](
             x_tH, w, groups.expert_tk, groups.pair_p, groups.offset_g, h_pM, n_blocks,
             groups.n_local, groups.n_shared, groups.expert_tk.shape[1], triton.next_power_of_2(n_groups), n_rows // 2,
-            hidden_size, groups.pair_p is None, tile.bm, tile.bn, tile.bk,
-            num_warps=tile.warps, num_stages=tile.stages
+            hidden_size, groups.pair_p is None, tile.bm, tile.bn, tile.bk, pdl,
+            num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
         )  # fmt: skip
     return h_pM
 
@@ -81,15 +82,15 @@ def down_few(h_pM: Tensor, down_eHM: Tensor, groups: Groups, tile: FewTile) -> T
     """h @ down.T of each pair, [p, H], back in the order of pairs, those not here unwritten."""
     n_groups, hidden_size, width = down_eHM.shape
     y_pH = h_pM.new_empty(groups.n_pairs, hidden_size)
-    n_blocks = groups.max_blocks(tile.bm)
+    n_blocks, pdl = groups.max_blocks(tile.bm), overlaps(h_pM.device) and groups.pair_p is not None
     if n_blocks:
         w = TensorDescriptor.from_tensor(down_eHM.view(-1, width), [tile.bn, tile.bk])
         grid = (n_blocks * triton.cdiv(hidden_size, tile.bn),)
         _down_kernel[grid](
             h_pM, w, groups.expert_tk, groups.pair_p, groups.offset_g, y_pH,
             n_blocks, groups.n_local, groups.n_shared, groups.expert_tk.shape[1], triton.next_power_of_2(n_groups),
-            width, hidden_size, groups.pair_p is None, tile.bm, tile.bn, tile.bk,
-            num_warps=tile.warps, num_stages=tile.stages
+            width, hidden_size, groups.pair_p is None, tile.bm, tile.bn, tile.bk, pdl,
+            num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
         )  # fmt: skip
     return y_pH
 
@@ -124,8 +125,9 @@ def block_of(
 def _gate_up_kernel(
     x_ptr, w, expert_ptr, pair_ptr, offset_ptr, h_ptr, n_blocks, N_LOCAL: tl.constexpr, N_SHARED: tl.constexpr,
     K: tl.constexpr, BG: tl.constexpr, M: tl.constexpr, H: tl.constexpr, DIRECT: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    await_previous(PDL)
     pid = tl.program_id(0)
     n = (pid // n_blocks) * BN
     group, first, stop = block_of(expert_ptr, offset_ptr, pid % n_blocks, N_LOCAL, N_SHARED, K, BG, DIRECT, BM)
@@ -153,8 +155,9 @@ def _gate_up_kernel(
 def _down_kernel(
     h_ptr, w, expert_ptr, pair_ptr, offset_ptr, y_ptr, n_blocks, N_LOCAL: tl.constexpr, N_SHARED: tl.constexpr,
     K: tl.constexpr, BG: tl.constexpr, M: tl.constexpr, H: tl.constexpr, DIRECT: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    await_previous(PDL)
     pid = tl.program_id(0)
     n = (pid // n_blocks) * BN
     group, first, stop = block_of(expert_ptr, offset_ptr, pid % n_blocks, N_LOCAL, N_SHARED, K, BG, DIRECT, BM)

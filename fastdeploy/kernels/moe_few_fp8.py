@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdeploy.kernels.moe_few import FewTile, Groups, block_of
+from fastdeploy.kernels.overlap import await_previous, overlaps
 from fastdeploy.kernels.quantize import FP8_BLOCK, to_fp8
 
 
@@ -29,14 +30,14 @@ def gate_up_few_fp8(
     _check(tile, width, hidden_size)
     h_pM = torch.empty(groups.n_pairs, width, dtype=torch.float8_e4m3fn, device=x_tH.device)
     h_scale_bp = torch.empty(width // FP8_BLOCK, groups.n_pairs, dtype=torch.float32, device=x_tH.device)
-    n_blocks = groups.max_blocks(tile.bm)
+    n_blocks, pdl = groups.max_blocks(tile.bm), overlaps(x_tH.device)
     if n_blocks:
         w = TensorDescriptor.from_tensor(gate_up_eXH.view(-1, hidden_size), [tile.bn, tile.bk])
         _gate_up_kernel[(n_blocks * (width // tile.bn),)](
             x_tH, x_scale_bt, w, w_scale_ecb, groups.expert_tk, groups.pair_p, groups.offset_g, h_pM, h_scale_bp,
             n_blocks, x_tH.shape[0], groups.n_pairs, groups.n_local, groups.n_shared, groups.expert_tk.shape[1],
-            triton.next_power_of_2(n_groups), width, hidden_size, groups.pair_p is None, tile.bm, tile.bn, tile.bk,
-            num_warps=tile.warps, num_stages=tile.stages,
+            triton.next_power_of_2(n_groups), width, hidden_size, groups.pair_p is None, tile.bm, tile.bn, tile.bk, pdl,
+            num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
         )  # fmt: skip
     return h_pM, h_scale_bp
 
@@ -48,14 +49,14 @@ def down_few_fp8(
     n_groups, hidden_size, width = down_eHM.shape
     _check(tile, hidden_size, width)
     y_pH = like.new_empty(groups.n_pairs, hidden_size)
-    n_blocks = groups.max_blocks(tile.bm)
+    n_blocks, pdl = groups.max_blocks(tile.bm), overlaps(h_pM.device)
     if n_blocks:
         w = TensorDescriptor.from_tensor(down_eHM.view(-1, width), [tile.bn, tile.bk])
         _down_kernel[(n_blocks * (hidden_size // tile.bn),)](
             h_pM, h_scale_bp, w, w_scale_ecb, groups.expert_tk, groups.pair_p, groups.offset_g, y_pH, n_blocks,
             groups.n_pairs, groups.n_local, groups.n_shared, groups.expert_tk.shape[1],
-            triton.next_power_of_2(n_groups), width, hidden_size, groups.pair_p is None, tile.bm, tile.bn, tile.bk,
-            num_warps=tile.warps, num_stages=tile.stages,
+            triton.next_power_of_2(n_groups), width, hidden_size, groups.pair_p is None, tile.bm, tile.bn, tile.bk, pdl,
+            num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
         )  # fmt: skip
     return y_pH
 
@@ -69,8 +70,9 @@ def _check(tile: FewTile, n_columns: int, depth: int) -> None:
 def _gate_up_kernel(
     x_ptr, x_scale_ptr, w, w_scale_ptr, expert_ptr, pair_ptr, offset_ptr, h_ptr, h_scale_ptr, n_blocks, n_tokens,
     n_pairs, N_LOCAL: tl.constexpr, N_SHARED: tl.constexpr, K: tl.constexpr, BG: tl.constexpr, M: tl.constexpr,
-    H: tl.constexpr, DIRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, DIRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    await_previous(PDL)
     pid = tl.program_id(0)
     n = (pid // n_blocks) * BN
     group, first, stop = block_of(expert_ptr, offset_ptr, pid % n_blocks, N_LOCAL, N_SHARED, K, BG, DIRECT, BM)
@@ -104,8 +106,9 @@ def _gate_up_kernel(
 def _down_kernel(
     h_ptr, h_scale_ptr, w, w_scale_ptr, expert_ptr, pair_ptr, offset_ptr, y_ptr, n_blocks, n_pairs,
     N_LOCAL: tl.constexpr, N_SHARED: tl.constexpr, K: tl.constexpr, BG: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
-    DIRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    DIRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    await_previous(PDL)
     pid = tl.program_id(0)
     n = (pid // n_blocks) * BN
     group, first, stop = block_of(expert_ptr, offset_ptr, pid % n_blocks, N_LOCAL, N_SHARED, K, BG, DIRECT, BM)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdeploy.kernels.overlap import await_previous, overlaps
+
 _MAX_TILE = 4096
 _GATHER_ROWS = 4
 
@@ -38,9 +40,18 @@ def sort_pairs(expert_tk: Tensor, n_local: int, n_shared: int = 0) -> tuple[Tens
     pair_p = torch.empty(n_pairs, dtype=torch.int32, device=expert_tk.device)
     offset_g = torch.empty(n_groups + 1, dtype=torch.int32, device=expert_tk.device)
     tile = min(_MAX_TILE, max(128, triton.next_power_of_2(n_pairs)))
-    _sort_kernel[(n_groups,)](
-        expert_tk.contiguous(), pair_p, offset_g, n_pairs, n_local, n_shared, n_slots - n_shared, tile,
-        num_warps=min(16, max(4, tile // 256))
+    n_parts, pdl = max(1, triton.cdiv(n_pairs, tile)), overlaps(expert_tk.device)
+    expert_tk = expert_tk.contiguous()
+    options = {"num_warps": min(16, max(4, tile // 256)), "launch_pdl": pdl}
+    count_qg = None
+    if n_parts > 1:
+        count_qg = torch.empty(n_parts, n_groups, dtype=torch.int32, device=expert_tk.device)
+        _count_kernel[(n_groups, n_parts)](
+            expert_tk, count_qg, n_pairs, n_local, n_shared, n_slots - n_shared, tile, pdl, **options
+        )
+    _sort_kernel[(n_groups, n_parts)](
+        expert_tk, count_qg, pair_p, offset_g, n_pairs, n_parts, n_local, n_shared, n_slots - n_shared,
+        triton.next_power_of_2(n_groups), triton.next_power_of_2(n_parts), n_parts > 1, tile, pdl, **options,
     )  # fmt: skip
     return pair_p, offset_g
 
@@ -57,27 +68,41 @@ def group_of(expert_ptr, pair, mask, N_LOCAL: tl.constexpr, N_SHARED: tl.constex
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
-def _sort_kernel(
-    expert_ptr, pair_ptr, offset_ptr, n_pairs, N_LOCAL: tl.constexpr, N_SHARED: tl.constexpr, K: tl.constexpr,
-    TILE: tl.constexpr,
+def _count_kernel(
+    expert_ptr, count_ptr, n_pairs, N_LOCAL: tl.constexpr, N_SHARED: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    # One program per group, which reads all ids (they lie in L2) twice: no program waits for another.
-    me = tl.program_id(0)
-    is_before = tl.zeros((TILE,), tl.int32)
-    for first in range(0, n_pairs, TILE):
-        pair = first + tl.arange(0, TILE)
-        is_before += (group_of(expert_ptr, pair, pair < n_pairs, N_LOCAL, N_SHARED, K) < me).to(tl.int32)
-    n_before = tl.sum(is_before, 0)
-    n_done = n_before
-    for first in range(0, n_pairs, TILE):
-        pair = first + tl.arange(0, TILE)
-        mine = group_of(expert_ptr, pair, pair < n_pairs, N_LOCAL, N_SHARED, K) == me
-        rank = tl.cumsum(mine.to(tl.int32), 0) - 1
-        tl.store(pair_ptr + n_done + rank, pair, mask=mine)
-        n_done += tl.sum(mine.to(tl.int32), 0)
-    tl.store(offset_ptr + me, n_before)
-    if me == N_LOCAL + N_SHARED - 1:
-        tl.store(offset_ptr + me + 1, n_done)
+    await_previous(PDL)
+    group, part = tl.program_id(0), tl.program_id(1)
+    pair = part * TILE + tl.arange(0, TILE)
+    mine = group_of(expert_ptr, pair, pair < n_pairs, N_LOCAL, N_SHARED, K) == group
+    tl.store(count_ptr + part * (N_LOCAL + N_SHARED) + group, tl.sum(mine.to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=["n_pairs", "n_parts"])
+def _sort_kernel(
+    expert_ptr, count_ptr, pair_ptr, offset_ptr, n_pairs, n_parts, N_LOCAL: tl.constexpr, N_SHARED: tl.constexpr,
+    K: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, COUNTED: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    # One program per group and part of the pairs, which reads all ids of its part: no program waits for another.
+    await_previous(PDL)
+    N_GROUPS: tl.constexpr = N_LOCAL + N_SHARED
+    me, part = tl.program_id(0), tl.program_id(1)
+    pair = part * TILE + tl.arange(0, TILE)
+    group = group_of(expert_ptr, pair, pair < n_pairs, N_LOCAL, N_SHARED, K)
+    mine = (group == me).to(tl.int32)
+    if COUNTED:
+        q, g = tl.arange(0, BP)[:, None], tl.arange(0, BG)[None, :]
+        count = tl.load(count_ptr + q * N_GROUPS + g, mask=(q < n_parts) & (g < N_GROUPS), other=0)
+        first = tl.sum(tl.sum(tl.where((g < me) | ((g == me) & (q < part)), count, 0), 1), 0)
+        n_until = tl.sum(tl.sum(tl.where(g <= me, count, 0), 1), 0)
+        tl.store(offset_ptr + me + 1, n_until)  # the same from each part
+    else:
+        first = tl.sum((group < me).to(tl.int32), 0)
+        tl.store(offset_ptr + me + 1, first + tl.sum(mine, 0))
+    if me == 0:
+        tl.store(offset_ptr, 0)
+    tl.store(pair_ptr + first + tl.cumsum(mine, 0) - 1, pair, mask=mine > 0)
 
 
 def gather_rows_ref(x_tH: Tensor, pair_p: Tensor, offset_g: Tensor, n_slots: int) -> Tensor:
@@ -138,9 +163,10 @@ def sum_slots(
     out_tH = y_pH.new_empty(n_tokens, hidden_size)
     if n_tokens:
         block = min(1024 if n_tokens >= 512 else 256, triton.next_power_of_2(hidden_size))
+        pdl = overlaps(y_pH.device)
         _sum_kernel[(n_tokens, triton.cdiv(hidden_size, block))](
-            y_pH, expert_tk.contiguous(), weight_tk.contiguous(), base_tH, out_tH,
-            hidden_size, n_local, n_shared, n_routed, base_tH is not None, block, num_warps=max(1, block // 256),
+            y_pH, expert_tk.contiguous(), weight_tk.contiguous(), base_tH, out_tH, hidden_size, n_local, n_shared,
+            n_routed, base_tH is not None, block, pdl, num_warps=max(1, block // 256), launch_pdl=pdl,
         )  # fmt: skip
     return out_tH
 
@@ -148,8 +174,9 @@ def sum_slots(
 @triton.jit
 def _sum_kernel(
     y_ptr, expert_ptr, weight_ptr, base_ptr, out_ptr, H: tl.constexpr, N_LOCAL: tl.constexpr, N_SHARED: tl.constexpr,
-    K: tl.constexpr, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < H

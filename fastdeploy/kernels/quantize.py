@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdeploy.kernels.overlap import await_previous, overlaps
+
 FP8_BLOCK = 128
 INT4_GROUP = 128
 _FP8_MAX = 448.0
@@ -83,9 +85,11 @@ def quantize_rows(x_tI: Tensor, offset_g: Tensor | None = None) -> tuple[Tensor,
     codes_tI = torch.empty(n_rows, width, dtype=torch.float8_e4m3fn, device=x_tI.device)
     scale_bt = torch.empty(width // FP8_BLOCK, n_rows, dtype=torch.float32, device=x_tI.device)
     if n_rows:
+        pdl = overlaps(x_tI.device)
         _quantize_rows_kernel[(n_rows,)](
             x_tI, offset_g, codes_tI, scale_bt, 0 if offset_g is None else offset_g.numel() - 1, n_rows, width,
-            offset_g is not None, triton.next_power_of_2(width // FP8_BLOCK), FP8_BLOCK, num_warps=4,
+            offset_g is not None, triton.next_power_of_2(width // FP8_BLOCK), FP8_BLOCK, pdl, num_warps=4,
+            launch_pdl=pdl,
         )  # fmt: skip
     return codes_tI, scale_bt
 
@@ -100,8 +104,9 @@ def to_fp8(x, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["n_rows"])
 def _quantize_rows_kernel(
     x_ptr, offset_ptr, code_ptr, scale_ptr, n_groups, n_rows, WIDTH: tl.constexpr, BOUNDED: tl.constexpr,
-    N_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    N_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    await_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     if BOUNDED:  # noqa: SIM102 one condition would read where no offsets are
         if row >= tl.load(offset_ptr + n_groups):

@@ -9,9 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastdeploy.kernels.overlap import overlaps
+from fastdeploy.kernels.overlap import await_previous, overlaps
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -112,9 +111,7 @@ def _rms_norm_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < SIZE
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    await_previous(PDL)
     x = tl.load(x_ptr + outer * x_outer + inner * x_inner + column, mask=inside, other=0.0).to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * weight
     tl.store(out_ptr + outer * out_outer + inner * out_inner + column, y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -137,9 +134,7 @@ def _add_rms_norm_kernel(
     inside = column < SIZE
     at = row * SIZE + column
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    await_previous(PDL)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     # Rounded first: what later layers add to is what this norm saw.

@@ -10,12 +10,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastdeploy.kernels.overlap import overlaps
+from fastdeploy.kernels.overlap import await_previous, overlaps
 from fastdeploy.layers.rotary import rotate_
 
-_HEADS_PER_PROGRAM = 4
+_FEW_HEADS = 4  # of a program, where tokens alone do not fill the device
+_MANY_TOKENS = 1024  # from here on a program takes a whole token
 
 
 def rope_and_store_ref(qkv_thd: Tensor, rotation_td: Tensor, slot_t: Tensor, pages: Tensor) -> None:
@@ -40,7 +40,8 @@ def rope_and_store(qkv_thd: Tensor, rotation_td: Tensor, slot_t: Tensor, pages: 
         return
     n_kv_heads, page_tokens = pages.shape[2], pages.shape[3]
     pdl = overlaps(qkv_thd.device)
-    grid = (n_tokens, triton.cdiv(n_all_heads, _HEADS_PER_PROGRAM))
+    heads = _FEW_HEADS if n_tokens < _MANY_TOKENS else triton.next_power_of_2(n_all_heads)
+    grid = (n_tokens, triton.cdiv(n_all_heads, heads))
     _rope_kv_kernel[grid](
         qkv_thd,
         torch.view_as_real(rotation_td),
@@ -50,9 +51,9 @@ def rope_and_store(qkv_thd: Tensor, rotation_td: Tensor, slot_t: Tensor, pages: 
         N_KV_HEADS=n_kv_heads,
         HEAD_DIM=head_dim,
         PAGE_TOKENS=page_tokens,
-        BLOCK_HEADS=_HEADS_PER_PROGRAM,
+        BLOCK_HEADS=heads,
         PDL=pdl,
-        num_warps=1,
+        num_warps=max(1, heads // 8),
         launch_pdl=pdl,
     )
 
@@ -70,9 +71,7 @@ def _rope_kv_kernel(
     BLOCK_HEADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     n_all: tl.constexpr = N_HEADS + 2 * N_KV_HEADS

@@ -7,6 +7,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from fastdeploy.kernels.overlap import await_previous, overlaps
+
 
 def silu_mul_ref(both_tX: Tensor) -> Tensor:
     """What `silu_mul` computes."""
@@ -22,12 +24,14 @@ def silu_mul(both_tX: Tensor) -> Tensor:
     if out_tM.numel():
         block = min(1024, triton.next_power_of_2(width))
         grid = (n_tokens, triton.cdiv(width, block))
-        _silu_mul_kernel[grid](both_tX, out_tM, width, block, num_warps=max(1, block // 256))
+        pdl = overlaps(both_tX.device)
+        _silu_mul_kernel[grid](both_tX, out_tM, width, block, pdl, num_warps=max(1, block // 256), launch_pdl=pdl)
     return out_tM
 
 
 @triton.jit
-def _silu_mul_kernel(both_ptr, out_ptr, M: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(both_ptr, out_ptr, M: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < M

@@ -21,4 +21,4 @@ class Placement:
     device: torch.device
     peers: Peers = field(default_factory=Peers)
     weights: WeightMemory = field(default_factory=OwnMemory)
-    fp8_experts: bool = False  # experts in blocks of 8-bit floats, with a scale each
+    fp8: bool = False  # weights of linear layers and experts in blocks of 8-bit floats, with a scale each

@@ -51,10 +51,10 @@ def build_runner(
     shape, parallel = config.model.shape, config.parallel
     where = topology.position(parallel, parallel.data_rank * parallel.tensor if number is None else number)
     peers = Peers(where)
-    fp8_experts = config.model.quantization == "block_wise_fp8"
+    fp8 = config.model.quantization == "block_wise_fp8"
     dtype, device = getattr(torch, config.model.dtype), torch.device(config.model.device)
     memory = _weight_memory(config, where, meeting)
-    place = Placement(dtype, device, peers, memory, fp8_experts)
+    place = Placement(dtype, device, peers, memory, fp8)
     heads = AttentionShape(
         n_layers=shape.n_layers,
         n_heads=shape.n_heads // where.n_tensor,

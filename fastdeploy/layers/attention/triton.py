@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdeploy.errors import ConfigError
 from fastdeploy.kernels.attention_decode import DecodeRows, DecodeScratch, decode_attention, decode_tuning
+from fastdeploy.kernels.attention_hopper import TILE, fits_hopper, prefill_attention_hopper
 from fastdeploy.kernels.attention_prefill import PrefillTiles, PrefillTuning, cut_tiles, prefill_attention
 from fastdeploy.kernels.rope_kv import rope_and_store
 from fastdeploy.layers.attention.base import AttentionShape, BatchLayout, DecodeBatch
@@ -44,7 +45,8 @@ class TritonAttention:
         self.shape = shape
         self.dtype = dtype
         self.device = device
-        self.prefill_tuning = PrefillTuning()
+        self.on_hopper = fits_hopper(device, dtype, shape.head_dim, shape.page_tokens)
+        self.prefill_tuning = PrefillTuning(tile=TILE) if self.on_hopper else PrefillTuning()
         self._scratch = self._new_scratch(_SCRATCH_SEQS)
         self._n_scratch_seqs = _SCRATCH_SEQS
 
@@ -94,7 +96,10 @@ class TritonAttention:
             tuning = decode_tuning(plan.decode.row_s.shape[0])
             decode_attention(q_thd, out_thd, pages, plan.decode, plan.scratch, tuning)
         if plan.prefill is not None:
-            prefill_attention(q_thd, out_thd, pages, plan.prefill, self.prefill_tuning)
+            if self.on_hopper:
+                prefill_attention_hopper(q_thd, out_thd, pages, plan.prefill.tile_i4, plan.prefill.page_table)
+            else:
+                prefill_attention(q_thd, out_thd, pages, plan.prefill, self.prefill_tuning)
         return out_thd.flatten(1)
 
     def _new_scratch(self, n_seqs: int) -> DecodeScratch:
