@@ -223,10 +223,13 @@ class _Meeting:
 
         store = self.store()
         address = self._address or self._wait_for_address()
+        device = torch.device(self._config.model.device)
+        if device.type == "cuda":  # NCCL wants to know which
+            device = torch.device("cuda", torch.cuda.current_device())
         return groups.join(
             self._config.parallel,
             self._number,
-            torch.device(self._config.model.device),
+            device,
             address.host,
             address.port,
             store,

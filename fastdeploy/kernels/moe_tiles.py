@@ -1,7 +1,8 @@
 """Which tiles the grouped matmuls of a sparse layer use: the tuned table of a device and shape, or a default.
 
 `tuned/<device>_e<experts>_h<hidden>_m<width>_<dtype>.json` maps token counts to tiles; a step uses the entry of the
-smallest count that is not below its own. `fastdeploy.kernels.tune_moe` writes these files.
+smallest count that is not below its own. `fastdeploy.kernels.tune_moe` writes these files. A rank with a part of the
+experts takes the table of another number of them: it gets as many rows for each as one GPU with all of them.
 """
 
 from __future__ import annotations
@@ -105,6 +106,9 @@ def load_tiles(device: torch.device, n_experts: int, hidden_size: int, width: in
     """The tuned tiles for weights of `dtype`, or the default ones and one log line that names the file looked for."""
     n_sms = torch.cuda.get_device_properties(device).multi_processor_count
     path = table_path(device, n_experts, hidden_size, width, dtype)
+    if not path.is_file():
+        others = sorted(FOLDER.glob(path.name.replace(f"_e{n_experts}_", "_e*_")))
+        path = others[0] if others else path
     if path.is_file():
         return MoETiles(parse_plans(json.loads(path.read_text())["plans"]), n_sms)
     log.info("no tuned tiles %s: using the defaults; `python -m fastdeploy.kernels.tune_moe` makes them", path.name)

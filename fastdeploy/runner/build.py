@@ -18,6 +18,7 @@ from fastdeploy.distributed.groups import Group, Meeting
 from fastdeploy.distributed.shared_weights import OwnMemory, WeightMemory, weight_memory
 from fastdeploy.distributed.topology import Position
 from fastdeploy.layers.attention.base import AttentionShape, backend_for, make_attention
+from fastdeploy.layers.moe.layer import spreads_shared
 from fastdeploy.layers.placement import Placement
 from fastdeploy.models.checkpoint import Checkpoint
 from fastdeploy.models.decoder import Decoder
@@ -71,7 +72,7 @@ def build_runner(
     loaded = time.monotonic()
     if where.group_size > 1:
         assert meeting is not None, "a rank with others needs a way to join them"
-        _connect(peers, meeting.join(), shape, place.dtype, exchange)
+        _connect(peers, meeting.join(), shape, place, exchange)
     joined = time.monotonic()
     # Ranks of one machine share its memory, but each has a GPU of its own.
     n_sharing = topology.ranks_per_host(parallel) if place.device.type == "cpu" else 1
@@ -91,10 +92,11 @@ def _weight_memory(config: EngineConfig, where: Position, meeting: Meeting | Non
     return weight_memory(config.parallel, where.number, meeting.store)
 
 
-def _connect(peers: Peers, group: Group, shape: ModelShape, dtype: torch.dtype, exchange: str | None) -> None:
+def _connect(peers: Peers, group: Group, shape: ModelShape, place: Placement, exchange: str | None) -> None:
     all_to_all = None
     if peers.where.spreads_experts and shape.moe is not None:
-        rows = ExpertRows(shape.moe.n_experts, shape.moe.n_experts_per_token, shape.hidden_size, dtype)
+        every_row = spreads_shared(shape.moe, place)
+        rows = ExpertRows(shape.moe.n_experts, shape.moe.n_experts_per_token, shape.hidden_size, place.dtype, every_row)
         all_to_all = make_all_to_all(exchange_name(group, exchange), group, rows)
     peers.connect(make_collectives(group), all_to_all)
 

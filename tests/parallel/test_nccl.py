@@ -51,7 +51,7 @@ def rows_on_gpu(n: int, seed: int):  # type: ignore[no-untyped-def]
     return x_tH, expert_tk, torch.rand(n, K, generator=generator).cuda()
 
 
-def exchange_on_gpu(state: State, rows_of_cases: list[tuple[int, ...]], in_graph: bool) -> list[str]:
+def exchange_on_gpu(state: State, name: str, rows_of_cases: list[tuple[int, ...]], in_graph: bool) -> list[str]:
     """What was wrong with the sums of experts that scale."""
     from fastdeploy.distributed.all_to_all.base import ExpertRows, make_all_to_all
     from fastdeploy.distributed.topology import run_of
@@ -59,14 +59,15 @@ def exchange_on_gpu(state: State, rows_of_cases: list[tuple[int, ...]], in_graph
 
     group = state["group"]
     rank, size = group.where.group_rank, group.where.group_size
-    all_to_all = make_all_to_all("nccl", group, ExpertRows(N_EXPERTS, K, HIDDEN, torch.bfloat16))
+    all_to_all = make_all_to_all(name, group, ExpertRows(N_EXPERTS, K, HIDDEN, torch.bfloat16))
     first, n_local = run_of(N_EXPERTS, size, rank)
     scale_e = torch.cat([torch.arange(first, first + n_local) + 1.0, torch.zeros(1)]).cuda()
 
     def layer(x_tH, expert_tk, weight_tk, n_rows_g):  # type: ignore[no-untyped-def]
         sent = all_to_all.dispatch(x_tH, Routing(expert_tk, weight_tk), n_rows_g)
-        weight_r1 = (scale_e[sent.routing.expert_tk] * sent.routing.weight_tk).sum(1, keepdim=True)
-        return all_to_all.combine((sent.x_rH * weight_r1).bfloat16(), sent)
+        wanted_r1 = (sent.routing.expert_tk < n_local).any(1, keepdim=True)
+        weight_r1 = (scale_e[sent.routing.expert_tk.long()] * sent.routing.weight_tk).sum(1, keepdim=True)
+        return all_to_all.combine(torch.where(wanted_r1, sent.x_rH * weight_r1, 0).bfloat16(), sent)
 
     wrong = []
     for case, n_rows_g in enumerate(rows_of_cases):
@@ -91,10 +92,11 @@ def exchange_on_gpu(state: State, rows_of_cases: list[tuple[int, ...]], in_graph
 
 
 @pytest.mark.parametrize("in_graph", [False, True])
-def test_rows_and_sums(gpus: RankProcesses, in_graph: bool) -> None:
+@pytest.mark.parametrize("name", ["nccl", "symm_mem"])
+def test_rows_and_sums(gpus: RankProcesses, name: str, in_graph: bool) -> None:
     make_group_on_gpus(gpus, ParallelConfig(data=2, expert=True))
     cases = [(8, 8), (1, 1), (64, 64)] if in_graph else [(8, 8), (0, 5), (33, 1), (7, 0)]
-    assert gpus.call(exchange_on_gpu, [(cases, in_graph)] * 2) == [[], []]
+    assert gpus.call(exchange_on_gpu, [(name, cases, in_graph)] * 2) == [[], []]
 
 
 def collect_on_gpu(state: State) -> bytes:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdeploy.distributed import shared_region
 from fastdeploy.distributed.groups import Group
+from fastdeploy.distributed.peer_memory import peers_reachable
 from fastdeploy.distributed.topology import run_of
 from fastdeploy.errors import ConfigError
 from fastdeploy.layers.moe.gate import Routing
@@ -22,12 +23,16 @@ from fastdeploy.layers.moe.gate import Routing
 
 @dataclass(frozen=True, slots=True)
 class ExpertRows:
-    """What is exchanged: rows of `hidden_size` in `dtype`, each with k of `n_experts` experts."""
+    """What is exchanged: rows of `hidden_size` in `dtype`, each with k of `n_experts` experts.
+
+    `every_row`: each rank also computes something for all rows; otherwise it may get rows only that want its experts.
+    """
 
     n_experts: int
     n_experts_per_token: int
     hidden_size: int
     dtype: torch.dtype
+    every_row: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -87,7 +92,12 @@ class AllToAll(Protocol):
         ...
 
 
-BACKENDS = {"shm": "shm:SharedAllToAll", "gloo": "gloo:GlooAllToAll", "nccl": "nccl:NcclAllToAll"}
+BACKENDS = {
+    "shm": "shm:SharedAllToAll",
+    "gloo": "gloo:GlooAllToAll",
+    "symm_mem": "symm_mem:SymmetricAllToAll",
+    "nccl": "nccl:NcclAllToAll",
+}
 
 
 def exchange_name(group: Group, asked: str | None = None) -> str:
@@ -95,6 +105,8 @@ def exchange_name(group: Group, asked: str | None = None) -> str:
     fitting = ["nccl"] if group.device.type == "cuda" else ["gloo"]
     if group.device.type == "cpu" and group.one_host and shared_region.is_supported():
         fitting.insert(0, "shm")
+    if group.device.type == "cuda" and group.one_host and peers_reachable(group.n_ranks_here):
+        fitting.insert(0, "symm_mem")
     if asked and asked not in fitting:
         raise ConfigError(
             f"FD_ALL_TO_ALL {asked}: must be {' or '.join(fitting)} for ranks on {group.device.type}"

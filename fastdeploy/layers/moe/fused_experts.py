@@ -56,8 +56,17 @@ class FusedExperts(nn.Module):
         assert self.weights is not None, "forward before load"
         return fused_moe(x_rH, self.weights, routing.expert_tk, routing.weight_tk, self.tiles)
 
-    def load(self, weights: WeightSource, name: str, first_expert: int = 0, shared_name: str = "") -> None:
+    def load(
+        self,
+        weights: WeightSource,
+        name: str,
+        first_expert: int = 0,
+        shared_name: str = "",
+        shared_weights: WeightSource | None = None,
+    ) -> None:
         """Fill from `NAME.J.{gate,up,down}_proj.weight`, J from `first_expert` on, and `SHARED_NAME.*` alike.
+
+        `shared_weights` is where the latter are, if not in `weights`.
 
         Raises CheckpointError when a tensor is missing or has another shape.
         """
@@ -70,7 +79,7 @@ class FusedExperts(nn.Module):
                 read = self._readers(weights, f"{name}.{first_expert + i}", self.width, 0)
                 self._put(uploader, gate_up_eXH[i], down_eHM[i], read)
             for i in range(self.n_shared):
-                read = self._readers(weights, shared_name, self.n_shared * self.width, i * self.width)
+                read = self._readers(shared_weights or weights, shared_name, self.n_shared * self.width, i * self.width)
                 self._put(uploader, gate_up_eXH[self.n_local + i], down_eHM[self.n_local + i], read)
         if self.fp8:
             self.weights = _quantize(gate_up_eXH, down_eHM, self.n_shared)

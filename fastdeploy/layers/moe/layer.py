@@ -19,6 +19,16 @@ from fastdeploy.runner.step import StepContext
 from fastdeploy.wire.messages import StepAgreement
 
 
+def spreads_shared(moe: MoEShape, place: Placement) -> bool:
+    """Whether the FFN that every row passes is spread like the experts: each rank computes a part of it for all rows.
+
+    Its weights are read once by the group then, not once by every rank.
+    """
+    where = place.peers.where
+    part = where.group_size * moe.expert_width
+    return place.device.type == "cuda" and where.spreads_experts and moe.shared_width > 0 == moe.shared_width % part
+
+
 class SparseMoE(nn.Module):
     """y = sum over the chosen experts of weight * FFN(x), plus the shared FFN where the family has one.
 
@@ -33,10 +43,13 @@ class SparseMoE(nn.Module):
         self.n_sharing = 1 if where.spreads_experts else where.n_tensor  # ranks that share each expert
         self.first_expert, self.n_local = local_experts(moe, where)
         self.gate = Gate(hidden_size, moe, place)
-        width, shared_width = moe.expert_width // self.n_sharing, moe.shared_width // where.n_tensor
+        width = moe.expert_width // self.n_sharing
         self.experts: LocalExperts
         self.shared, self.fused = None, None
-        if shared_width and place.device.type == "cuda" and not where.spreads_experts:
+        # Ranks that share the FFN which every row passes: those that get the row.
+        self.n_sharing_all = where.group_size if spreads_shared(moe, place) else where.n_tensor
+        shared_width = moe.shared_width // self.n_sharing_all
+        if shared_width and place.device.type == "cuda" and (not where.spreads_experts or spreads_shared(moe, place)):
             self.experts = self.fused = fuse_experts(self.n_local, hidden_size, width, place, shared_width)
         else:
             self.experts = make_experts(self.n_local, hidden_size, width, place)
@@ -61,18 +74,20 @@ class SparseMoE(nn.Module):
         """Fill from the tensors under `NAME.gate`, `NAME.experts` and `NAME.shared_experts`."""
         where = self.peers.where
         self.gate.load(weights, f"{name}.gate")
-        share = FFNShare(weights, where.n_tensor, where.tensor_rank)
+        part = where.group_rank if self.n_sharing_all == where.group_size else where.tensor_rank
+        share = FFNShare(weights, self.n_sharing_all, part)
+        of_experts = FFNShare(weights, where.n_tensor, where.tensor_rank) if self.n_sharing > 1 else weights
         if self.fused is not None:
-            self.fused.load(share, f"{name}.experts", self.first_expert, f"{name}.shared_experts")
+            self.fused.load(of_experts, f"{name}.experts", self.first_expert, f"{name}.shared_experts", share)
             return
-        self.experts.load(share if self.n_sharing > 1 else weights, f"{name}.experts", self.first_expert)
+        self.experts.load(of_experts, f"{name}.experts", self.first_expert)
         if self.shared is not None:
             self.shared.load(share, f"{name}.shared_experts")
 
     def _compute(self, x_rH: Tensor, routing: Routing) -> Tensor:
         """The local experts' part, for rows that are here."""
         if self.load_e is not None:
-            expert_r = routing.expert_tk.view(-1)
+            expert_r = routing.expert_tk.view(-1).long()
             self.load_e.scatter_add_(0, expert_r, torch.ones_like(expert_r))
         y_rH: Tensor = self.experts(x_rH, routing)
         return y_rH
