@@ -125,8 +125,16 @@ def main() -> None:
             print(*line.values(), flush=True)
     finally:
         ranks.stop()
-    report = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(["all_to_all.py", *sys.argv[1:]]), "hardware": {**hardware(), "gpus": [torch.cuda.get_device_name(i) for i in range(args.gpus)]}, "torch": torch.__version__, "hidden": args.hidden,
-              "copy_gb_per_s": round(rate / 1e9, 1), "results": results}  # fmt: skip
+    gpus = [torch.cuda.get_device_name(i) for i in range(args.gpus)]
+    report = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["all_to_all.py", *sys.argv[1:]]),
+        "hardware": {**hardware(), "gpus": gpus},
+        "torch": torch.__version__,
+        "hidden": args.hidden,
+        "copy_gb_per_s": round(rate / 1e9, 1),
+        "results": results,
+    }
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
 

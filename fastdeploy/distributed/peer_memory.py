@@ -36,17 +36,19 @@ class PeerMemory:
     def __init__(self, group: Group, purpose: str, n_bytes: int) -> None:
         """A collective with the same arguments everywhere. Raises EngineStartError when they cannot share memory."""
         assert group.store is not None, "a rank by itself shares nothing"
-        from torch._C._distributed_c10d import _SymmetricMemory
+        from torch._C._distributed_c10d import ProcessGroup, _register_process_group, _SymmetricMemory
 
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         where, store = group.where, PrefixStore(f"peer_memory/{purpose}", group.store)
         device = torch.device("cuda", torch.cuda.current_device())
         symmetric: Any = _SymmetricMemory
+        register: Any = _register_process_group
         try:
             if where.group_rank == 0:
                 store.set(_NAME, f"fastdeploy-{purpose}-{secrets.token_hex(8)}")
             name = store.get(_NAME).decode()
-            symmetric.set_group_info(name, where.group_rank, where.group_size, store)
+            # Torch finds the store at which the ranks meet by the name of a group, which needs no connections.
+            register(name, ProcessGroup(store, where.group_rank, where.group_size))
             self.mine = symmetric.empty_strided_p2p((n_bytes,), (1,), torch.uint8, device, name).zero_()
             torch.cuda.synchronize(device)  # before a peer can write here
             # Kept: with it goes the mapping.

@@ -35,6 +35,6 @@ def test_tokens_are_those_of_one_gpu(
     answers = []
     for sizes in ({}, {"data_parallel_size": 2, "enable_expert_parallel": True}):
         with LLM(**common, **sizes) as llm:
-            found = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+            found = llm.generate(prompts, params)
             answers.append([list(answer.outputs[0].token_ids) for answer in found])
     assert answers[0] == answers[1]
