@@ -85,6 +85,8 @@ def _weights(config: EngineConfig, where: Position, stored: DTypeName) -> dict[s
     held = min(item, ITEM_BYTES[stored]) if on_cpu and not model.random_weights else item
     n_rows = topology.run_of(shape.vocab_size, where.n_tensor, where.tensor_rank)[1]
     table = n_rows * shape.hidden_size * held
+    # A layer in FP8 is kept in both forms: few rows take the one that is stored.
+    linear = held + 1 + _FLOAT_BYTES / _FP8_BLOCK**2 if model.quantization == "block_wise_fp8" else held
     sparse = shape.moe.layers if shape.moe is not None else ()
     n_dense = shape.n_layers - len(sparse)
     ffn_width = shape.ffn_width // where.n_tensor
@@ -92,12 +94,12 @@ def _weights(config: EngineConfig, where: Position, stored: DTypeName) -> dict[s
         "embedding": table,
         # A tied head is the same tensor on a GPU; a CPU multiplies with a copy in panels.
         "head": 0 if shape.tied_embeddings and not on_cpu else table,
-        "attention": shape.n_layers * _attention_weights(config, where) * held,
-        "dense layers": n_dense * 3 * shape.hidden_size * ffn_width * held,
+        "attention": int(shape.n_layers * _attention_weights(config, where) * linear),
+        "dense layers": int(n_dense * 3 * shape.hidden_size * ffn_width * linear),
         "biases": _biases(config, where) * item,
     }
     if shape.moe is not None:
-        parts |= _sparse_weights(config, where, shape.moe, held)
+        parts |= _sparse_weights(config, where, shape.moe, held, linear)
     return parts
 
 
@@ -117,7 +119,7 @@ def _biases(config: EngineConfig, where: Position) -> int:
     return shape.n_layers * (shape.attention_bias * attention + shape.mlp_bias * ffn)
 
 
-def _sparse_weights(config: EngineConfig, where: Position, moe: MoEShape, held: int) -> dict[str, int]:
+def _sparse_weights(config: EngineConfig, where: Position, moe: MoEShape, held: int, linear: float) -> dict[str, int]:
     hidden = config.model.shape.hidden_size
     n_local = topology.local_experts(moe, where)[1]
     width = moe.expert_width // (1 if where.spreads_experts else where.n_tensor)
@@ -130,7 +132,7 @@ def _sparse_weights(config: EngineConfig, where: Position, moe: MoEShape, held: 
     n_layers = len(moe.layers)
     return {
         "experts": n_layers * (_fp8_bytes(n_experts) if fp8 else n_experts * held),
-        "shared experts": n_layers * (_fp8_bytes(n_shared) if shared_fp8 else n_shared * held),
+        "shared experts": n_layers * (_fp8_bytes(n_shared) if shared_fp8 else int(n_shared * linear)),
         "routers": n_layers * moe.n_experts * hidden * gate_bytes,
     }
 
