@@ -83,6 +83,7 @@ def test_decode_kernel(heads: tuple[int, int, int, int], n_context_s: list[int],
 )
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_prefill_kernel(heads: tuple[int, int, int, int], chunks: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    from fastdeploy.kernels.attention_hopper import TILE, fits_hopper, prefill_attention_hopper
     from fastdeploy.kernels.attention_prefill import PrefillTiles, PrefillTuning, cut_tiles, prefill_attention
     from fastdeploy.kernels.attention_ref import attention_ref
 
@@ -101,6 +102,11 @@ def test_prefill_kernel(heads: tuple[int, int, int, int], chunks: list[tuple[int
     prefill_attention(qkv_thd[:, :n_heads], out_thd, contexts.pages, tiles, tuning)
     assert relative_error(out_thd[1:], expected_thd) < TOLERANCE[dtype]
     assert bool(out_thd[0].isnan().all())
+    if fits_hopper(DEVICE, dtype, head_dim, heads[3]):
+        assert tuning.tile == TILE
+        prefill_attention_hopper(qkv_thd[:, :n_heads], poison(out_thd), contexts.pages, tiles.tile_i4, tiles.page_table)
+        assert relative_error(out_thd[1:], expected_thd) < TOLERANCE[dtype]
+        assert bool(out_thd[0].isnan().all())
 
 
 SCHEDULE: list[dict[int, int]] = [  # new tokens of each sequence, step by step
