@@ -16,7 +16,7 @@ from fastdeploy.kernels.moe_few import Groups, down_few, gate_up_few
 from fastdeploy.kernels.moe_few_fp8 import down_few_fp8, gate_up_few_fp8
 from fastdeploy.kernels.moe_many import down_many, gate_up_many
 from fastdeploy.kernels.moe_many_fp8 import down_many_fp8, gate_up_many_fp8
-from fastdeploy.kernels.moe_rows import gather_rows, sort_pairs, sum_slots
+from fastdeploy.kernels.moe_rows import SlotOutputs, gather_rows, sort_pairs
 from fastdeploy.kernels.moe_tiles import FewPlan, ManyPlan, MoETiles
 from fastdeploy.kernels.quantize import dequantize_blocks, quantize_rows
 from fastdeploy.kernels.silu_mul import silu_mul
@@ -63,19 +63,26 @@ def fused_moe(x_tH: Tensor, weights: ExpertWeights, expert_tk: Tensor, weight_tk
     `expert_tk` int32 or int64 [t, k] holds ids of routed experts; n_local stands for an expert that is not here and
     costs nothing. `weight_tk` [t, k] any float dtype.
     """
+    return moe_slots(x_tH, weights, expert_tk, weight_tk, tiles).summed()
+
+
+def moe_slots(
+    x_tH: Tensor, weights: ExpertWeights, expert_tk: Tensor, weight_tk: Tensor, tiles: MoETiles
+) -> SlotOutputs:
+    """`fused_moe` but for the last addition."""
     expert_tk = expert_tk.contiguous()
     plan = tiles.plan(x_tH.shape[0])
     if plan.few is not None:
         y_pH = _few(x_tH, weights, expert_tk, plan.few)
-        return sum_slots(y_pH, expert_tk, weight_tk, weights.n_local, weights.n_shared)
+        return SlotOutputs(y_pH, expert_tk, weight_tk, weights.n_local, weights.n_shared)
     assert plan.many is not None, "a plan holds one of the two ways"
     if weights.gate_up_scale is not None and weights.down_scale is not None:
         y_pH = _many_fp8(x_tH, weights, weights.gate_up_scale, weights.down_scale, expert_tk, tiles.n_sms)
-        return sum_slots(y_pH, expert_tk, weight_tk, weights.n_local, weights.n_shared)
+        return SlotOutputs(y_pH, expert_tk, weight_tk, weights.n_local, weights.n_shared)
     # A dense matmul is faster than a grouped one, so what all rows pass goes another way here.
     y_pH = _many(x_tH, weights, expert_tk, plan.many, tiles.n_sms)
     base_tH = _shared_ffn(x_tH, weights) if weights.n_shared else None
-    return sum_slots(y_pH, expert_tk, weight_tk, weights.n_local, 0, base_tH)
+    return SlotOutputs(y_pH, expert_tk, weight_tk, weights.n_local, 0, base_tH)
 
 
 def _few(x_tH: Tensor, weights: ExpertWeights, expert_tk: Tensor, plan: FewPlan) -> Tensor:

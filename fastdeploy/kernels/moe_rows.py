@@ -7,6 +7,8 @@ The shared experts are the groups n_local..n_local + n_shared - 1. Nothing here 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -138,6 +140,27 @@ def _gather_kernel(
         column = first + tl.arange(0, BLOCK)
         mask = inside[:, None] & (column < H)
         tl.store(target + column, tl.load(source + column, mask=mask), mask=mask)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotOutputs:
+    """What experts made of rows, before a row's slots are added up.
+
+    y_pH [r * (k + n_shared), H], slots of one row side by side. Of the k routed ones, expert_rk and weight_rk [r, k],
+    only those below `n_local` count; None for k = 0. base_rH is added as it is.
+    """
+
+    y_pH: Tensor
+    expert_rk: Tensor | None
+    weight_rk: Tensor | None
+    n_local: int
+    n_shared: int
+    base_rH: Tensor | None = None
+
+    def summed(self) -> Tensor:
+        """[r, H]."""
+        assert self.expert_rk is not None and self.weight_rk is not None, "nothing to add up"
+        return sum_slots(self.y_pH, self.expert_rk, self.weight_rk, self.n_local, self.n_shared, self.base_rH)
 
 
 def sum_slots_ref(

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdeploy.kernels.moe_rows import SlotOutputs
+
 MAX_PROGRAMS = 1024
 SEND, RECEIVE, BOTH = 1, 2, 3  # parts of a kernel; alone they serve tests in one process
 _BLOCK = 512
@@ -86,22 +88,6 @@ class PeerView:
     address_g: Tensor
     local_id_ge: Tensor
     epoch_p: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class SlotOutputs:
-    """What experts made of rows, before a row's slots are added up.
-
-    y_pH [r * (k + n_shared), H], rows of one token side by side; of routed slots, expert_rk and weight_rk [r, k], only
-    those below `n_local` count. base_rH is added as it is.
-    """
-
-    y_pH: Tensor
-    expert_rk: Tensor | None
-    weight_rk: Tensor | None
-    n_local: int
-    n_shared: int
-    base_rH: Tensor | None = None
 
 
 def dispatch_ref(

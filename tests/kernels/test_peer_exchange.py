@@ -17,7 +17,7 @@ N_EXPERTS, K, HIDDEN = 11, 3, 40
 def test_dispatch_and_combine(n_rows_g: tuple[int, ...], dtype: torch.dtype, every_row: bool) -> None:
     from fastdeploy.distributed.all_to_all.symm_mem import local_ids
     from fastdeploy.kernels import peer_exchange as px
-    from fastdeploy.kernels.moe_rows import sum_slots_ref
+    from fastdeploy.kernels.moe_rows import SlotOutputs, sum_slots_ref
 
     size, n_rows = len(n_rows_g), sum(n_rows_g)
     layout = px.PeerLayout(size, n_rows + 3, N_EXPERTS, K, HIDDEN, dtype.itemsize)
@@ -56,7 +56,7 @@ def test_dispatch_and_combine(n_rows_g: tuple[int, ...], dtype: torch.dtype, eve
             routed_rk1 = torch.cat((expected[1] < n_local, torch.ones_like(expected[1][:, :1], dtype=torch.bool)), 1)
             y_pH[~routed_rk1.flatten()] = float("nan")  # nobody computes what is not here
             base_rH = torch.randn(n_rows, HIDDEN, generator=generator).to(DEVICE, dtype) if g else None
-            y_g.append(px.SlotOutputs(y_pH, expert_rk, weight_rk, n_local, 1, base_rH))
+            y_g.append(SlotOutputs(y_pH, expert_rk, weight_rk, n_local, 1, base_rH))
             sums_g.append(sum_slots_ref(y_pH, expert_rk, weight_rk, n_local, 1, base_rH))
         outputs = []
         for part in (px.SEND, px.RECEIVE):

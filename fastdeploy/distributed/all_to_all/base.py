@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from fastdeploy.distributed.peer_memory import peers_reachable
 from fastdeploy.distributed.topology import run_of
 from fastdeploy.errors import ConfigError
 from fastdeploy.layers.moe.gate import Routing
+
+if TYPE_CHECKING:
+    from fastdeploy.kernels.moe_rows import SlotOutputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +85,13 @@ class AllToAll(Protocol):
     """One exchange at a time: `dispatch`, then `combine` of what the experts made of it. All ranks make both calls."""
 
     max_rows: int | None  # rows of all ranks together that fit into one exchange
+    adds_slots: bool  # whether `combine` takes what the experts made of each slot of a row
 
     def dispatch(self, x_tH: Tensor, routing: Routing, n_rows_g: tuple[int, ...]) -> Dispatched:
         """Send this rank's rows, n_rows_g[its group rank] of them, and get those of all."""
         ...
 
-    def combine(self, y_rH: Tensor, sent: Dispatched) -> Tensor:
+    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched) -> Tensor:
         """For each row of this rank, [t, H], the sum over all ranks of what their experts gave."""
         ...
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -10,11 +12,16 @@ from fastdeploy.distributed.collectives import group_errors, sum_in_order
 from fastdeploy.distributed.groups import Group
 from fastdeploy.layers.moe.gate import Routing
 
+if TYPE_CHECKING:
+    from fastdeploy.kernels.moe_rows import SlotOutputs
+
 _MAX_BYTES = 32 << 20  # of what comes back from all ranks in one exchange
 
 
 class GlooAllToAll:
     """See the module's text; implements AllToAll."""
+
+    adds_slots = False
 
     def __init__(self, group: Group, rows: ExpertRows) -> None:
         assert group.everyone is not None, "a rank by itself exchanges nothing"
@@ -39,7 +46,8 @@ class GlooAllToAll:
         x_rH, expert_rk, weight_rk = unpack_rows(message_rB, self._rows, routing.weight_tk.dtype)
         return Dispatched(x_rH, Routing(self._local_id_e[expert_rk], weight_rk), n_rows_g)
 
-    def combine(self, y_rH: Tensor, sent: Dispatched) -> Tensor:
+    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched) -> Tensor:
+        assert isinstance(y_rH, Tensor), "slots are added up before"
         n_mine, row_bytes = sent.n_rows_g[self._rank], self._rows.row_bytes
         y_gtH = y_rH.new_empty(self._size, n_mine, self._rows.hidden_size)
         with group_errors(self._name):

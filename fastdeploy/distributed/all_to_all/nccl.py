@@ -5,6 +5,8 @@ Row counts of all ranks are equal inside a graph; otherwise rows that make them 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,14 @@ from fastdeploy.distributed.collectives import group_errors
 from fastdeploy.distributed.groups import Group
 from fastdeploy.layers.moe.gate import Routing
 
+if TYPE_CHECKING:
+    from fastdeploy.kernels.moe_rows import SlotOutputs
+
 
 class NcclAllToAll:
     """See the module's text; implements AllToAll."""
+
+    adds_slots = False
 
     def __init__(self, group: Group, rows: ExpertRows) -> None:
         assert group.everyone is not None, "a rank by itself exchanges nothing"
@@ -37,7 +44,8 @@ class NcclAllToAll:
         x_rH, expert_rk, weight_rk = unpack_rows(message_rB, self._rows, routing.weight_tk.dtype)
         return Dispatched(x_rH, Routing(self._local_id_e[expert_rk], weight_rk), n_rows_g)
 
-    def combine(self, y_rH: Tensor, sent: Dispatched) -> Tensor:
+    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched) -> Tensor:
+        assert isinstance(y_rH, Tensor), "slots are added up before"
         y_gtH = y_rH.new_empty(self._size, y_rH.shape[0] // self._size, y_rH.shape[1])
         with group_errors(self._name):
             self._group.alltoall_base(y_gtH.view(y_rH.shape), y_rH.contiguous(), [], []).wait()

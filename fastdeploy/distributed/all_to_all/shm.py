@@ -7,6 +7,7 @@ view. Combining, each rank writes what its experts gave for all rows, and adds u
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from fastdeploy.distributed.collectives import sum_in_order
 from fastdeploy.distributed.groups import STEP_PATIENCE_S, Group
 from fastdeploy.distributed.shared_region import SharedRegion
 from fastdeploy.layers.moe.gate import Routing
+
+if TYPE_CHECKING:
+    from fastdeploy.kernels.moe_rows import SlotOutputs
 
 _MAX_BYTES = 32 << 20  # of one buffer; memory is taken only where rows were written
 
@@ -43,6 +47,8 @@ class _Views:
 
 class SharedAllToAll:
     """See the module's text; implements AllToAll."""
+
+    adds_slots = False
 
     def __init__(self, group: Group, rows: ExpertRows) -> None:
         assert group.store is not None, "a rank by itself exchanges nothing"
@@ -73,7 +79,8 @@ class SharedAllToAll:
         local_rk = self._local_id_e.take(views.whole.expert_rk)
         return Dispatched(views.whole.x_rH, Routing(local_rk, views.whole.weight_rk), n_rows_g)
 
-    def combine(self, y_rH: Tensor, sent: Dispatched) -> Tensor:
+    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched) -> Tensor:
+        assert isinstance(y_rH, Tensor), "slots are added up before"
         views = self._views_of(sent.n_rows_g, sent.routing.weight_tk.dtype)
         views.given_rH.copy_(y_rH)
         self._region.meet()

@@ -9,11 +9,11 @@ from fastdeploy.distributed.all_to_all.base import Dispatched, ExpertRows
 from fastdeploy.distributed.groups import Group
 from fastdeploy.distributed.peer_memory import PeerMemory
 from fastdeploy.distributed.topology import run_of
+from fastdeploy.kernels.moe_rows import SlotOutputs
 from fastdeploy.kernels.peer_exchange import (
     MAX_PROGRAMS,
     PeerLayout,
     PeerView,
-    SlotOutputs,
     combine_rows,
     dispatch_rows,
 )
@@ -25,6 +25,8 @@ _MAX_ROWS = 1 << 15  # of all ranks in one exchange
 
 class SymmetricAllToAll:
     """See the module's text; implements AllToAll."""
+
+    adds_slots = True
 
     def __init__(self, group: Group, rows: ExpertRows) -> None:
         size, rank = group.where.group_size, group.where.group_rank
@@ -56,10 +58,10 @@ class SymmetricAllToAll:
         routing = Routing(self._expert_rk[:n_rows], self._weight_rk[:n_rows])
         return Dispatched(self._x_rH[:n_rows], routing, n_rows_g)
 
-    def combine(self, y: Tensor | SlotOutputs, sent: Dispatched) -> Tensor:
-        if isinstance(y, Tensor):  # one slot, added as it is
-            y = SlotOutputs(y.contiguous(), None, None, self._n_local, 1)
-        return combine_rows(self._view, y, sent.n_rows_g)
+    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched) -> Tensor:
+        if isinstance(y_rH, Tensor):  # one slot, added as it is
+            y_rH = SlotOutputs(y_rH.contiguous(), None, None, self._n_local, 1)
+        return combine_rows(self._view, y_rH, sent.n_rows_g)
 
     def _part(self, begin: int, n_rows: int, n_columns: int, dtype: torch.dtype) -> Tensor:
         n_bytes = n_rows * n_columns * dtype.itemsize

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdeploy.errors import ConfigError
-from fastdeploy.kernels.moe import ExpertWeights, fused_moe
+from fastdeploy.kernels.moe import ExpertWeights, fused_moe, moe_slots
 from fastdeploy.kernels.moe_many_fp8 import fits_hopper
+from fastdeploy.kernels.moe_rows import SlotOutputs
 from fastdeploy.kernels.moe_tiles import load_tiles
 from fastdeploy.kernels.quantize import FP8_BLOCK, quantize_blocks
 from fastdeploy.layers.moe.gate import Routing
@@ -55,6 +56,11 @@ class FusedExperts(nn.Module):
         """Sum over a row's local experts of weight times FFN, plus the shared FFN if it is here; [r, H]."""
         assert self.weights is not None, "forward before load"
         return fused_moe(x_rH, self.weights, routing.expert_tk, routing.weight_tk, self.tiles)
+
+    def slots(self, x_rH: Tensor, routing: Routing) -> SlotOutputs:
+        """`forward` but for the last addition, for who adds up anyway."""
+        assert self.weights is not None, "forward before load"
+        return moe_slots(x_rH, self.weights, routing.expert_tk, routing.weight_tk, self.tiles)
 
     def load(
         self,

@@ -112,4 +112,9 @@ class SparseMoE(nn.Module):
 
     def _exchange_piece(self, x_tH: Tensor, routing: Routing, n_rows_g: tuple[int, ...]) -> Tensor:
         sent = self.peers.all_to_all.dispatch(x_tH, routing, n_rows_g)
+        if self.peers.all_to_all.adds_slots and self.load_e is None:
+            from fastdeploy.layers.moe.fused_experts import FusedExperts
+
+            assert isinstance(self.experts, FusedExperts), "on GPUs there are no others"
+            return self.peers.all_to_all.combine(self.experts.slots(sent.x_rH, sent.routing), sent)
         return self.peers.all_to_all.combine(self._compute(sent.x_rH, sent.routing), sent)
