@@ -4,8 +4,8 @@
 
 Prints JSON. Memory is PSS (a page that n processes share counts 1/n in each) of the whole process tree, interpreters
 and libraries included. It is compared with what the weights must take: experts once, as they are spread over the ranks,
-and everything else once per rank. `ratio` takes all weights in the type that is computed in; `ratio_to_held` takes what
-the ranks report, which hold some weights in the narrower type of the checkpoint.
+and everything else once per rank. `ratio` takes all weights in the type that is computed in, `ratio_to_held` in the 16 bits
+of the checkpoint, which is how they are held. What ranks have in common lies in memory once, so both may be below 1.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def measure(flags: argparse.Namespace) -> dict[str, object]:
     expert_bytes, other_bytes = bytes_of_weights(model, flags.dtype)
     least_bytes = expert_bytes + flags.data * other_bytes
     pss_bytes = sum(int(str(process["pss_bytes"])) for process in processes)
-    weight_bytes = reported_bytes(WEIGHTS, log)
+    expert_held_bytes, other_held_bytes = bytes_of_weights(model, "bfloat16")
+    held_bytes = expert_held_bytes + flags.data * other_held_bytes
     return {
         "data_parallel_size": flags.data,
         "load_average_at_start": round(load_average, 2),
@@ -104,11 +105,12 @@ def measure(flags: argparse.Namespace) -> dict[str, object]:
         "expert_bytes": expert_bytes,
         "replicated_bytes": other_bytes,
         "least_bytes": least_bytes,
-        "reported_weight_bytes": round(weight_bytes),
+        "least_held_bytes": held_bytes,
+        "reported_weight_bytes": round(reported_bytes(WEIGHTS, log)),
         "reported_kv_bytes": round(reported_bytes(CACHE, log)),
         "pss_bytes": pss_bytes,
         "ratio": round(pss_bytes / least_bytes, 3),
-        "ratio_to_held": round(pss_bytes / weight_bytes, 3),
+        "ratio_to_held": round(pss_bytes / held_bytes, 3),
         "memory_limit": MEMORY_LIMIT,
         "processes": processes,
     }

@@ -48,7 +48,8 @@ def first_difference(ours: CompletionOutput, reference: CompletionOutput) -> dic
     both = []
     for output in (reference, ours):
         assert output.logprobs is not None
-        both.append({token_id: entry.logprob for token_id, entry in output.logprobs[step].items()})
+        entry = output.logprobs[step]
+        both.append(dict(zip(entry.top_ids, entry.top_logprobs, strict=True)))
     tokens = [reference.token_ids[step], ours.token_ids[step]]
     logits = [[of_run.get(token) for token in tokens] for of_run in both]
     known = [logit for pair in logits for logit in pair if logit is not None]

@@ -6,6 +6,7 @@ waits for the device of a GPU.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -23,6 +24,7 @@ from fastdeploy.errors import EngineDeadError
 if TYPE_CHECKING:
     from fastdeploy.distributed.all_to_all.base import AllToAll
 
+_TELL_FIRST_S = 1.0  # time for whoever knows more to report a failed exchange first
 _REGION_BYTES = 16 << 20  # of what all ranks bring at a time; memory is taken only where something was written
 
 
@@ -163,6 +165,8 @@ def group_errors(name: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as exc:
+        # This error cannot name the rank that is gone. That one's core can, and ends the group unless it is gone too.
+        time.sleep(_TELL_FIRST_S)
         raise EngineDeadError(
             f"{name}: an exchange with the other ranks of its group failed: {exc}; see the logs of those"
         ) from exc

@@ -68,3 +68,12 @@ def test_a_victim_that_is_gone_before_the_group_is_back(server: GroupServer) -> 
 
     check_fault_and_return(server, streams(server, 4), kill_twice)
     check_answers(server)
+
+
+def test_a_rank_killed_in_an_exchange_over_gloo_is_named(model: Path, tmp_path: Path) -> None:
+    """Those that wait for it only see a connection close."""
+    with group_serving(model, tmp_path / "run", 2, *FLAGS, env={"FD_ALL_TO_ALL": "gloo"}) as server:
+        running = streams(server, 4)
+        victim = server.child("rank1")
+        said = check_fault_and_return(server, running, victim.kill)
+        assert all(f"rank 1 (pid {victim.pid}) was killed by SIGKILL" in stream.text for stream in running), said
