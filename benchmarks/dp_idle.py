@@ -4,8 +4,8 @@
 
 Prints JSON. Memory is PSS (a page that n processes share counts 1/n in each) of the whole process tree, interpreters
 and libraries included. It is compared with what the weights must take: experts once, as they are spread over the ranks,
-and everything else once per rank. `ratio` takes all weights in the type that is computed in, `ratio_to_held` in the 16 bits
-of the checkpoint, which is how they are held. What ranks have in common lies in memory once, so both may be below 1.
+and everything else once per rank. `ratio` takes all weights in the type that is computed in, `ratio_to_held` in the 16
+bits of the checkpoint, which is how they are held. What ranks have in common lies in memory once: both may be below 1.
 """
 
 from __future__ import annotations

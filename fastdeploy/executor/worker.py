@@ -264,9 +264,13 @@ class _Heart:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def _beat(self) -> None:
+        n_told = 0
         while True:
-            runner = self.runner
-            self._link.send(RankAlive(runner.layers_done(), runner.rows_of_experts()) if runner else RankAlive(0))
+            n_done = self.runner.layers_done() if self.runner else 0
+            # Adding up the rows is most of what an idle rank would do.
+            n_rows = self.runner.rows_of_experts() if self.runner and n_done != n_told else {}
+            self._link.send(RankAlive(n_done, n_rows))
+            n_told = n_done
             time.sleep(_HEARTBEAT_S)
 
 

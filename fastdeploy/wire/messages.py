@@ -309,7 +309,7 @@ class RankAlive(_Message, frozen=True):
     """Heartbeat: `n_layers_done` counts decoder layers since start; it stands still when the rank is stuck."""
 
     n_layers_done: int
-    n_rows_of_expert: dict[int, int] = {}  # of the experts on this rank, over all layers; empty: not counted
+    n_rows_of_expert: dict[int, int] = {}  # of the experts here, over all layers; empty: not counted, or as before
 
 
 class RankFailed(_Message, frozen=True):
