@@ -90,10 +90,12 @@ async def offer(url: str, requests: Sequence[Request]) -> LoadRun:
         return await LoadGenerator(client, target, lambda _: None).open_loop(requests)
 
 
-def measure(policy: str, requests: Sequence[Request], paces: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def measure(
+    policy: str, keys: Mapping[str, Any], requests: Sequence[Request], paces: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
     """One policy: start everything, offer the load, look at what came of it."""
     with tempfile.TemporaryDirectory() as folder:
-        scheduler = {"policy": policy, "cache-block-size": 32}
+        scheduler = {"policy": policy, "cache-block-size": 32, **keys}
         with Fleet(Path(folder), scheduler, paces, FLAGS) as fleet:
             roots = [fleet.router.process.pid, *(server.process.pid for server in fleet.servers)]
             clock, start_s = CpuClock.start(*roots), time.perf_counter()
@@ -178,6 +180,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second, for uneven")
     parser.add_argument("--time-scale", type=float, default=0.1, help="of the trace; 0.1 is ten times as fast")
     parser.add_argument("--length-scale", type=float, default=0.0625, help="of the trace's lengths and blocks")
+    parser.add_argument(
+        "--scheduler", type=json.loads, default={}, help="JSON: more keys of the router's scheduler section"
+    )
     parser.add_argument("--output", type=Path, help="JSON file; the plot lies beside it")
     args = parser.parse_args(argv)
     if args.load == "mooncake" and args.trace is None:
@@ -199,7 +204,7 @@ def main() -> int:
         settings = {"trace": args.trace.name, "time_scale": args.time_scale, "length_scale": args.length_scale}
     rounds = []
     for policy in dict.fromkeys((BASE, *args.policies.split(","))):
-        rounds.append(measure(policy, requests, paces))
+        rounds.append(measure(policy, args.scheduler, requests, paces))
         print(shown(rounds[-1:]), file=sys.stderr, flush=True)
     base_ms = rounds[0]["ttft_ms"]["p99"]
     for one in rounds:
@@ -213,6 +218,7 @@ def main() -> int:
         "command": shown_command(sys.argv),
         "settings": {
             **settings,
+            "scheduler": args.scheduler,
             "seconds": args.seconds,
             "n_requests": len(requests),
             "input_tokens": sum(request.n_input for request in requests),
