@@ -6,7 +6,8 @@
 `uneven`: requests of very different sizes at random times, and a server that takes three times as long for everything.
 `mooncake`: the beginning of the conversation trace, with times and lengths scaled; tokens follow from its hash ids, so
 that prefixes are shared, and all servers are alike. Servers and router are started anew for each policy: caches are
-cold. Rates are low enough for a small machine: `cpu_share` is the share of all its cores that was busy.
+cold. Rates are low enough for a small machine: `cpu_share` is the share of all its cores that the servers, the router
+and the client took, `foreign_cpu_share` that of other programs.
 """
 
 from __future__ import annotations
@@ -102,15 +103,14 @@ def measure(
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 run = runner.run(offer(fleet.router.url, requests))
             seconds = time.perf_counter() - start_s
-            busy_s = CpuClock.start().busy_s - clock.busy_s
             found = metrics_of(fleet.router.url)
-            router_cpu_s = clock.since(*roots)["measured_cpu_s"]
+            cpu = clock.since(*roots)
             n_by_server = [
                 sum(int(n) for name, n in found.items() if name.startswith("inference_requests_total") and url in name)
                 for url in (url.removeprefix("http://") for url in fleet.urls)
             ]
     whole = [answer for answer in run.answers if answer.error is None]
-    n_input = sum(answer.n_input for answer in whole)
+    n_input, n_cores = sum(answer.n_input for answer in whole), int(str(hardware()["cores"]))
     return {
         "policy": policy,
         "n_sent": len(run.answers),
@@ -123,8 +123,9 @@ def measure(
         "cached_share": sum(answer.n_cached_tokens or 0 for answer in whole) / max(n_input, 1),
         "n_by_server": n_by_server,
         "late_p99_ms": float(np.percentile(run.late_s, 99)) * 1000,
-        "cpu_share": busy_s / seconds / int(str(hardware()["cores"])),
-        "router_core_share": router_cpu_s / seconds,
+        "cpu_share": (cpu["measured_cpu_s"] + cpu["idle_engines_cpu_s"] + run.cpu_s) / seconds / n_cores,
+        "foreign_cpu_share": max(cpu["foreign_cpu_s"] - run.cpu_s, 0.0) / seconds / n_cores,
+        "router_core_share": cpu["measured_cpu_s"] / seconds,
     }
 
 
@@ -165,7 +166,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
         right.bar(names, [one["n_by_server"][i] for one in rounds], bottom=below, label=f"server {i}")
     right.set_xticks(range(len(names)), names, rotation=30, ha="right")
     right.set_title("requests by server")
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
 
 
