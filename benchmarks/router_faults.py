@@ -227,10 +227,11 @@ def held(fleet: Fleet, router: psutil.Process) -> dict[str, float]:
 
 
 def n_registering(connections: Sequence[Any], port: int | None) -> int:
-    """Connections that this machine's servers keep for their heartbeats, which belong to no request."""
-    owners = {one.laddr.port: one.pid for one in psutil.net_connections("tcp") if one.laddr}
-    mine = psutil.Process().pid
-    return sum(one.laddr.port == port and owners.get(one.raddr.port) not in (None, mine) for one in connections)
+    """Connections that the servers keep for their heartbeats, which belong to no request: known by their other end."""
+    # Both ports: the system gives one port to several connections when they lead to different places.
+    owners = {(one.laddr.port, one.raddr.port): one.pid for one in psutil.net_connections("tcp") if one.raddr}
+    others = [owners.get((one.raddr.port, port)) for one in connections if one.laddr.port == port]
+    return sum(pid not in (None, psutil.Process().pid) for pid in others)
 
 
 async def settled(look: Callable[[], dict[str, float]]) -> dict[str, float]:
