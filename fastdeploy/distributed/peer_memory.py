@@ -48,7 +48,8 @@ class PeerMemory:
                 store.set(_NAME, f"fastdeploy-{purpose}-{secrets.token_hex(8)}")
             name = store.get(_NAME).decode()
             # Torch finds the store at which the ranks meet by the name of a group, which needs no connections.
-            register(name, ProcessGroup(store, where.group_rank, where.group_size))
+            self._named = ProcessGroup(store, where.group_rank, where.group_size)  # the name alone keeps nothing
+            register(name, self._named)
             self.mine = symmetric.empty_strided_p2p((n_bytes,), (1,), torch.uint8, device, name).zero_()
             torch.cuda.synchronize(device)  # before a peer can write here
             # Kept: with it goes the mapping.
