@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from group_server import FLAGS, GroupServer, check_answers, check_fault_and_return, group_serving, reason
-from processes import streams
+from processes import streams, wait_for
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -58,3 +58,15 @@ def test_one_killed_of_two_ranks_of_a_replica(server: GroupServer) -> None:
     running = streams(server, 4)
     said = check_fault_and_return(server, running, victim.kill)
     assert any(f"rank 1 (pid {victim.pid}) was killed" in text for text in said + [s.text for s in running])
+
+
+def test_stopped_while_starting(server: GroupServer) -> None:
+    """Whoever waits for the victim does not wait as long as for a slow start."""
+    before = server.child("rank2")
+
+    def inject() -> None:
+        server.child("rank0").kill()
+        wait_for(lambda: not before.is_running(), what="the end of rank 2")
+        server.child("rank2").suspend()
+
+    check_fault_and_return(server, [], inject)
