@@ -120,7 +120,6 @@ class Transport(Protocol):
 
 TRANSPORTS = {
     "shm": "shm:ShmTransport",
-    "cuda_ipc": "cuda_ipc:CudaIpcTransport",
     "tcp": "tcp:TcpTransport",
     "nixl": "nixl:NixlTransport",
 }

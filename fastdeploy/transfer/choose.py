@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from fastdeploy.errors import ConfigError, TransferUnavailable
 from fastdeploy.transfer.base import Endpoint
+from fastdeploy.transfer.machine import rdma_devices
 
 log = logging.getLogger("fastdeploy.transfer")
 
@@ -22,16 +24,35 @@ def parse_protocols(flag: str) -> tuple[str, ...]:
     return names
 
 
-def offered_names(protocols: Sequence[str], device: str, nixl_usable: bool) -> list[str]:
+def nixl_usable(device: str) -> bool:
+    """Whether NIXL is to be used: it is installed, and RDMA is there or pages lie on a GPU. Says once what is missing.
+
+    Call it where `rdma` is allowed. Without it a CPU's pages travel over TCP.
+    """
+    devices, installed = rdma_devices(), find_spec("nixl") is not None
+    if device == "cuda":
+        return installed
+    if not devices:
+        log.warning("no RDMA device that is up on this machine: KV pages to other machines travel over TCP, slower")
+    elif not installed:
+        log.warning(
+            "RDMA devices %s are there, but nixl is not installed: KV pages travel over TCP, slower; "
+            "pip install 'fastdeploy[pd]'",
+            ", ".join(devices),
+        )
+    return bool(devices) and installed
+
+
+def offered_names(protocols: Sequence[str], device: str, has_nixl: bool) -> list[str]:
     """The transports that a rank on `device` ("cpu" or "cuda") offers, for what the flag allows.
 
-    nixl_usable: the package is installed, and there is an RDMA device or pages that only it can send.
+    has_nixl: what `nixl_usable` says.
     """
     names = []
-    if "ipc" in protocols:
-        names.append("cuda_ipc" if device == "cuda" else "shm")
+    if "ipc" in protocols and device == "cpu":
+        names.append("shm")
     if "rdma" in protocols:
-        if device == "cuda" or nixl_usable:
+        if has_nixl:
             names.append("nixl")
         if device == "cpu":
             names.append("tcp")
@@ -45,9 +66,7 @@ def choose(protocols: Sequence[str], me: Endpoint, peer: Endpoint) -> str:
     """
     both = [name for name in me.transports if name in peer.transports]
     same_machine = me.machine == peer.machine
-    order = (["shm", "cuda_ipc"] if same_machine and "ipc" in protocols else []) + (
-        ["nixl", "tcp"] if "rdma" in protocols else []
-    )
+    order = (["shm"] if same_machine and "ipc" in protocols else []) + (["nixl", "tcp"] if "rdma" in protocols else [])
     for name in order:
         if name in both:
             return name

@@ -73,6 +73,22 @@ class PageLayout(msgspec.Struct, frozen=True, array_like=True):
         return layer * self.layer_bytes + page_id * self.page_bytes
 
 
+def head_runs(
+    layout: PageLayout, layer: int, page_ids: Sequence[int], first_head: int, n_heads: int
+) -> list[tuple[int, int]]:
+    """Where a run of heads in pages of one layer lies, keys before values: (offset, bytes) in as few runs as can be."""
+    runs: list[tuple[int, int]] = []
+    n_bytes, values = n_heads * layout.block_bytes, layout.n_kv_heads * layout.block_bytes
+    for page in page_ids:
+        start = layout.page_offset(layer, page) + first_head * layout.block_bytes
+        for at in (start, start + values):
+            if runs and sum(runs[-1]) == at:
+                runs[-1] = (runs[-1][0], runs[-1][1] + n_bytes)
+            else:
+                runs.append((at, n_bytes))
+    return runs
+
+
 class SharedHeads(NamedTuple):
     """Key heads that two ranks hold: `n_heads` from `first_mine` of this rank and from `first_theirs` of the other."""
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from fastdeploy.transfer.layout import PageLayout
+from fastdeploy.transfer.layout import PageLayout, head_runs
 
 KEY_BYTES = 32
 _NONCE_BYTES, _PROOF_BYTES = 32, 32
@@ -113,20 +113,9 @@ def receive(connection: socket.socket, n_bytes: int) -> bytes:
 def page_views(
     memory: memoryview, layout: PageLayout, layer: int, page_ids: Sequence[int], first_head: int, n_heads: int
 ) -> list[memoryview]:
-    """The memory of a run of heads in pages of one layer, keys before values, in as few pieces as there can be.
-
-    `memory`: all pages of the rank, as bytes.
-    """
-    runs: list[list[int]] = []
-    size, values = n_heads * layout.block_bytes, layout.n_kv_heads * layout.block_bytes
-    for page in page_ids:
-        start = layout.page_offset(layer, page) + first_head * layout.block_bytes
-        for at in (start, start + values):
-            if runs and runs[-1][1] == at:
-                runs[-1][1] = at + size
-            else:
-                runs.append([at, at + size])
-    return [memory[first:last] for first, last in runs]
+    """The memory of what `head_runs` names; `memory`: all pages of the rank, as bytes."""
+    runs = head_runs(layout, layer, page_ids, first_head, n_heads)
+    return [memory[first : first + n_bytes] for first, n_bytes in runs]
 
 
 def send_views(connection: socket.socket, views: Sequence[memoryview]) -> None:

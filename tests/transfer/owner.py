@@ -52,7 +52,11 @@ class Owner:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self.endpoint = msgspec.msgpack.decode(self._answer(), type=Endpoint)
+        try:
+            self.endpoint = msgspec.msgpack.decode(self._answer(), type=Endpoint)
+        except BaseException:
+            self.close()
+            raise
 
     def call(self, **command: Any) -> bytes:
         """One of the commands of `obey`."""
@@ -123,10 +127,12 @@ def obey(memory: PageMemory, owner: str, command: dict[str, Any]) -> bytes:
 
 
 def say(answer: bytes) -> None:
-    print(base64.b64encode(answer).decode(), flush=True)
+    print(base64.b64encode(answer).decode(), file=answers, flush=True)
 
 
 if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries may print
     given = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     serve(msgspec.convert(given.pop("layout"), PageLayout), **given)

@@ -88,10 +88,10 @@ def test_memory_of_the_same_machine_first_then_rdma_then_tcp() -> None:
 
 
 def test_what_a_rank_offers() -> None:
-    assert offered_names(("ipc", "rdma"), "cpu", nixl_usable=False) == ["shm", "tcp"]
-    assert offered_names(("ipc", "rdma"), "cpu", nixl_usable=True) == ["shm", "nixl", "tcp"]
-    assert offered_names(("rdma", "ipc"), "cuda", nixl_usable=False) == ["cuda_ipc", "nixl"]
-    assert offered_names(("ipc",), "cuda", nixl_usable=True) == ["cuda_ipc"]
+    assert offered_names(("ipc", "rdma"), "cpu", has_nixl=False) == ["shm", "tcp"]
+    assert offered_names(("ipc", "rdma"), "cpu", has_nixl=True) == ["shm", "nixl", "tcp"]
+    assert offered_names(("rdma", "ipc"), "cuda", has_nixl=True) == ["nixl"]
+    assert offered_names(("ipc",), "cuda", has_nixl=True) == []
 
 
 @pytest.mark.parametrize("flag", ["", "rdma,", "tcp", "ipc;rdma", "RDMA"])
