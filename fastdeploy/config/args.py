@@ -295,8 +295,13 @@ class EngineArgs:
     # ports
     engine_worker_queue_port: Annotated[Ports, Flag(PORTS, "Accepted; one per data parallel rank.")] = ()
     cache_queue_port: Annotated[Ports, Flag(PORTS, "Accepted; one per data parallel rank.")] = ()
-    pd_comm_port: Annotated[Ports, Flag(PORTS, "Accepted; one per data parallel rank.")] = ()
-    rdma_comm_ports: Annotated[Ports, Flag(PORTS, "Accepted; one per device.")] = ()
+    pd_comm_port: Annotated[
+        Ports,
+        Flag(PORTS, "Where the engine cores of other servers ask for pages; one per data parallel rank, or the first."),
+    ] = ()
+    rdma_comm_ports: Annotated[
+        Ports, Flag(PORTS, "Where ranks of other servers read pages over the network; one per device, or the first.")
+    ] = ()
 
     @classmethod
     def from_namespace(cls, namespace: argparse.Namespace) -> EngineArgs:

@@ -72,7 +72,7 @@ def host_index(hosts: Sequence[str], environ: Mapping[str, str]) -> int:
         if named not in hosts:
             raise ConfigError(f"FD_HOST_IP {named}: is not among --ips {','.join(hosts)}")
         return hosts.index(named)
-    ours = [i for i, host in enumerate(hosts) if _is_local(host)]
+    ours = [i for i, host in enumerate(hosts) if is_local(host)]
     if len(ours) != 1:
         what = "none of them is" if not ours else f"{', '.join(hosts[i] for i in ours)} all are"
         raise ConfigError(
@@ -87,7 +87,8 @@ def n_threads_per_rank(parallel: ParallelConfig) -> int | None:
     return max(n_usable_cpus() // n_ranks, 1) if n_ranks > 1 else None
 
 
-def _is_local(host: str) -> bool:
+def is_local(host: str) -> bool:
+    """Whether that is an address of this machine."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

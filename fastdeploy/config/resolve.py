@@ -30,6 +30,7 @@ from fastdeploy.config.schema import (
     SchedulerConfig,
 )
 from fastdeploy.config.support import ALSO_FINE
+from fastdeploy.config.transfer import resolve_transfer
 from fastdeploy.errors import ConfigError, FastDeployError
 
 DEFAULT_MODEL_LEN = 2048
@@ -74,7 +75,7 @@ def resolve(
     problems = Problems()
     devices = cuda_devices() if devices is None else devices
     _check_support(args, problems)
-    _check_internal_ports(args, problems)
+    transfer = resolve_transfer(args, environ, problems.lines)
     synthetic.check_flags(args, problems.lines)
     device = _device(args, devices, problems)
     page_tokens_ok = problems.check(
@@ -95,6 +96,7 @@ def resolve(
         parallel=parallel,
         logprobs=logprobs,
         log_dir=log_dir(environ),
+        transfer=transfer,
         n_threads=n_threads or (n_threads_per_rank(parallel) if device == "cpu" else None),
         stall_limit_s=_stall_limit_s(environ, problems),
     )
@@ -160,32 +162,6 @@ def _shown(flag: FlagField, value: object) -> str:
     """Flag and value as written; no objects, which are long, and no password."""
     plain = isinstance(value, (int, float, str)) and not isinstance(value, bool) and "password" not in flag.name
     return f"{flag.option} {value}" if plain else flag.option
-
-
-def _check_internal_ports(args: EngineArgs, problems: Problems) -> None:
-    n_hosts = max(len(args.ips), 1)
-    n_data = max(args.data_parallel_size // n_hosts, 1)
-    n_devices = max(args.tensor_parallel_size * args.data_parallel_size // n_hosts, 1)
-    wanted = {
-        "engine_worker_queue_port": (n_data, "data parallel rank"),
-        "cache_queue_port": (n_data, "data parallel rank"),
-        "pd_comm_port": (n_data, "data parallel rank"),
-        "rdma_comm_ports": (n_devices, "device"),
-    }
-    for name, (n_expected, owner) in wanted.items():
-        option, ports = "--" + name.replace("_", "-"), getattr(args, name)
-        if not ports:
-            continue
-        shown = ",".join(map(str, ports))
-        counted = problems.check(
-            len(ports) == n_expected,
-            f"{option} {shown}: {len(ports)} ports given, {n_expected} expected (one per {owner})",
-        )
-        valid = problems.check(
-            all(1 <= port <= 65535 for port in ports), f"{option} {shown}: every port must be in 1..65535"
-        )
-        if counted and valid:
-            _logger.info("%s %s is not needed: the processes of a server talk over private channels", option, shown)
 
 
 def _n_threads(args: EngineArgs, environ: Mapping[str, str], problems: Problems) -> int | None:
@@ -329,7 +305,7 @@ def _scheduler(
     problems.check(1 <= n_seqs <= MAX_NUM_SEQS, f"--max-num-seqs {n_seqs}: must be in 1..{MAX_NUM_SEQS}")
     chunked = args.enable_chunked_prefill
     if chunked is None:
-        chunked = environ.get("FD_DISABLE_CHUNKED_PREFILL", "0") in ("", "0")
+        chunked = args.splitwise_role == "mixed" and environ.get("FD_DISABLE_CHUNKED_PREFILL", "0") in ("", "0")
     n_partial, n_long = args.max_num_partial_prefills, args.max_long_partial_prefills
     problems.check(n_partial >= 1, f"--max-num-partial-prefills {n_partial}: must be at least 1")
     problems.check(

@@ -158,6 +158,18 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TransferConfig:
+    """Whether prompts are computed for other servers, or by others for this one, and how pages travel."""
+
+    role: Literal["mixed", "prefill", "decode"] = "mixed"
+    protocols: tuple[str, ...] = ("ipc", "rdma")
+    host: str = "127.0.0.1"  # where cores and ranks listen for those of other servers
+    control_ports: tuple[int, ...] = ()  # of the local replicas, in order; none: any free port each
+    rank_ports: tuple[int, ...] = ()  # of the local ranks, for transports that listen; none: any free port each
+    wait_limit_s: float = 30.0  # how long a prefill server keeps a request that no decode server asks for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogprobsConfig:
     """What log-probabilities may be asked for, and from which logits they come."""
 
@@ -175,6 +187,7 @@ class EngineConfig:
     parallel: ParallelConfig
     logprobs: LogprobsConfig
     log_dir: str
+    transfer: TransferConfig = TransferConfig()
     n_threads: int | None = None  # threads of one CPU rank; None leaves the choice to torch
     stall_limit_s: float = 10.0  # ranks with work and without progress for longer are unhealthy
 

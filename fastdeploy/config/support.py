@@ -14,7 +14,6 @@ from typing import Literal
 
 _TEXT_ONLY = "this version takes and gives text only"
 _LOCAL = "use --scheduler-name local, one waiting room per server"
-_MIXED = "use --splitwise-role mixed: every server prefills and decodes"
 
 # flag -> what to do instead
 NOT_YET: Mapping[str, str] = MappingProxyType(
@@ -51,8 +50,6 @@ NOT_YET: Mapping[str, str] = MappingProxyType(
         "enable_eplb": "leave it out: experts stay on the ranks they start on",
         "eplb_config": "leave it out: experts stay on the ranks they start on",
         # disaggregation and scheduling across servers
-        "splitwise_role": "use mixed",
-        "innode_prefill_ports": _MIXED,
         "scheduler_name": _LOCAL,
         "scheduler_host": _LOCAL,
         "scheduler_port": _LOCAL,
@@ -97,7 +94,6 @@ NO_EFFECT: Mapping[str, str] = MappingProxyType(
         "static_decode_blocks": "pages are given out when they are needed",
         "kvcache_storage_backend": "pages are kept on the device only",
         "write_policy": "pages are kept on the device only",
-        "cache_transfer_protocol": "a mixed server transfers no pages",
     }
 )
 

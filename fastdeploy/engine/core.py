@@ -16,9 +16,10 @@ import zmq
 
 from fastdeploy.config.schema import with_measured_pages
 from fastdeploy.engine.group import CoreGroup
+from fastdeploy.engine.pairing import PairingLink
 from fastdeploy.engine.scheduler import Scheduler
 from fastdeploy.engine.step import PlannedStep, is_decode, trimmed
-from fastdeploy.errors import EngineDeadError, FastDeployError, RequestError
+from fastdeploy.errors import EngineDeadError, FastDeployError, InvalidRequest, RequestError
 from fastdeploy.executor.executor import Executor
 from fastdeploy.observability.logs import setup_logging
 from fastdeploy.wire.channel import CoreChannel
@@ -32,9 +33,11 @@ from fastdeploy.wire.messages import (
     LoadProgress,
     Ready,
     Shutdown,
+    Siblings,
     Starting,
     Status,
     StepOutput,
+    StepPlan,
     Submit,
     TokenDelta,
     Withdraw,
@@ -57,6 +60,7 @@ class EngineCore:
         self.front_ends: set[bytes] = set()
         self.executor = Executor(boot.config)
         self.group = CoreGroup(boot.config, boot.group) if boot.group else None
+        self.pairing: PairingLink | None = None
         self.in_flight: deque[PlannedStep] = deque()
         self.proposed: PlannedStep | None = None  # voted for; the ranks get it when all cores have voted
         self._told_to_stop = False
@@ -68,7 +72,11 @@ class EngineCore:
         rank = self.executor.wait_ready(self._on_progress, _START_PATIENCE_S, self._while_ranks_load)
         self.config = with_measured_pages(self.config, rank.n_pages)
         self.scheduler = Scheduler(self.config)
-        self.ready = Ready(rank.n_pages, rank.kv_bytes, rank.weight_bytes, rank.stages_s)
+        ports = []
+        if self.config.transfer.role != "mixed":
+            self.pairing = PairingLink(self.config, self.scheduler, self.executor)
+            ports = [self.pairing.port]
+        self.ready = Ready(rank.n_pages, rank.kv_bytes, rank.weight_bytes, rank.stages_s, ports)
         self._broadcast(self.ready)
 
     def run(self) -> None:
@@ -79,22 +87,30 @@ class EngineCore:
             poller.register(connection.fileno(), zmq.POLLIN)
         for socket in self.group.sockets if self.group else ():
             poller.register(socket, zmq.POLLIN)
+        if self.pairing is not None:
+            self.pairing.register(poller)
         while not self._stopped():
             wait_s = max(self._status_due_s - time.monotonic(), 0)
+            if self.pairing is not None:
+                wait_s = min(wait_s, self.pairing.pause_s)
             poller.poll(int(wait_s * 1000) + 1)
             self.turn()
 
     def turn(self) -> None:
         """Take in all that has arrived, plan, and send what came out; does not wait."""
         self._take_commands()
-        self._send(self.scheduler.expire(time.time()))
+        self._send_all(self.scheduler.expire(time.time()))
         for result in self.executor.receive():
-            self._send(self.scheduler.commit(self.in_flight.popleft(), result, time.time()))
+            self._send_all(self.scheduler.commit(self.in_flight.popleft(), result, time.time()))
+        if self.pairing is not None:
+            self._send(self.pairing.turn())
         was_busy = self._busy_since_s > 0
         if self.group is None:
             self._plan_ahead()
         else:
             self._plan_together(self.group)
+        if self.pairing is not None:
+            self._send(self.pairing.flush())
         self._note_busy()
         if time.monotonic() >= self._status_due_s or was_busy != (self._busy_since_s > 0):
             if self.config.parallel.data > 1:  # else a stopped rank may go on: only /health turns false
@@ -130,7 +146,7 @@ class EngineCore:
             step = self.scheduler.plan(time.time())
             if step is None:
                 break
-            self.executor.send(step.plan)
+            self.executor.send(self._final(step))
             self.in_flight.append(step)
 
     def _plan_together(self, group: CoreGroup) -> None:
@@ -140,7 +156,7 @@ class EngineCore:
         if agreement is not None and self.proposed is not None:
             step = trimmed(self.proposed, agreement.n_tokens_d[self.config.parallel.data_rank])
             self.proposed = None
-            self.executor.send(msgspec.structs.replace(step.plan, agreement=agreement))
+            self.executor.send(msgspec.structs.replace(self._final(step), agreement=agreement))
             self.in_flight.append(step)
         if self.proposed is not None or len(self.in_flight) >= self.config.scheduler.steps_in_flight:
             return
@@ -149,6 +165,9 @@ class EngineCore:
             plan = self.proposed.plan
             n_tokens, n_decodes = sum(plan.n_tokens), sum(map(is_decode, plan.n_tokens, plan.samples))
             group.vote(n_tokens, n_tokens - n_decodes, graph_ok=n_tokens == n_decodes)
+
+    def _final(self, step: PlannedStep) -> StepPlan:
+        return step.plan if self.pairing is None else self.pairing.lending.with_orders(step)
 
     def _note_busy(self) -> None:
         if not self.in_flight and self.proposed is None:
@@ -167,7 +186,10 @@ class EngineCore:
                 case Submit():
                     self._submit(client, command)
                 case Abort(request_ids):
-                    self._send(self.scheduler.abort(request_ids))
+                    self._send_all(self.scheduler.abort(request_ids))
+                case Siblings(ports):
+                    if self.pairing is not None:
+                        self.pairing.lending.siblings = ports
                 case Hello():
                     self.front_ends.add(client)
                     self._to(client, self.ready)
@@ -181,14 +203,21 @@ class EngineCore:
 
     def _submit(self, client: bytes, command: Submit) -> None:
         try:
+            if command.pairing is not None and self.pairing is None:
+                raise InvalidRequest("this server computes prompts for no other and takes none", "disaggregate_info")
             self.scheduler.submit(command, client, time.time())
+            if command.pairing is not None and command.pairing.role == "prefill" and self.pairing is not None:
+                self.pairing.lending.submitted(command.request_id, time.monotonic())
         except RequestError as error:
             delta = TokenDelta(command.request_id, [], "error", error=error.message, error_kind=type(error).__name__)
             self._to(client, StepOutput([delta]))
 
     def _status(self) -> Status:
         stalled_s = self.executor.stalled_s(self._busy_since_s) if self._busy_since_s else 0.0
-        return self.scheduler.status(stalled_s, self.executor.n_rows_of_expert)
+        status = self.scheduler.status(stalled_s, self.executor.n_rows_of_expert)
+        if self.pairing is None:
+            return status
+        return msgspec.structs.replace(status, pairing=self.pairing.status(status.pairing))
 
     def fail(self, error: FastDeployError) -> None:
         """Tell every front end why this engine ends, also one whose Hello has not been read yet."""
@@ -204,6 +233,8 @@ class EngineCore:
         self.executor.stop()
         if self.group is not None:
             self.group.close()
+        if self.pairing is not None:
+            self.pairing.close()
         self.channel.close()
 
     def _on_progress(self, progress: LoadProgress) -> None:
@@ -215,6 +246,12 @@ class EngineCore:
         for client, command in self.channel.receive_all():
             if isinstance(command, Hello):
                 self.front_ends.add(client)
+
+    def _send_all(self, deltas: dict[bytes, list[TokenDelta]]) -> None:
+        """To front ends, and what concerns decode servers to them."""
+        if self.pairing is not None:
+            self.pairing.lending.watch(deltas)
+        self._send(deltas)
 
     def _send(self, deltas: dict[bytes, list[TokenDelta]]) -> None:
         for client, of_client in deltas.items():

@@ -55,7 +55,11 @@ class CoreGroup:
         self._hub: Hub | None = None
         self._hub_channel: HubChannel | None = None
         if config.parallel.data_rank == 0:
-            sizes = graph_sizes(config.scheduler.max_seqs) if config.model.device == "cuda" else ()
+            sizes = (
+                graph_sizes(config.scheduler.max_seqs)
+                if config.model.device == "cuda" and config.transfer.role != "prefill"
+                else ()
+            )
             limits = config.scheduler
             least = max(limits.max_batched_tokens // _LEAST_SHARE, 1) if limits.chunked_prefill else None
             self._hub = Hub(config.parallel.data, self._fingerprint, sizes, least)

@@ -21,6 +21,7 @@ class Request:
         "alive",
         "arrival",
         "client",
+        "first_offered",
         "first_scheduled_s",
         "first_token_s",
         "id",
@@ -30,6 +31,7 @@ class Request:
         "n_computed",
         "n_in_flight",
         "n_limit",
+        "n_offered",
         "n_planned",
         "n_prompt",
         "n_registered",
@@ -39,6 +41,7 @@ class Request:
         "names",
         "page_tokens",
         "pages",
+        "pairing",
         "params",
         "prompt_logprobs",
         "queued_s",
@@ -66,6 +69,7 @@ class Request:
         self.id = submit.request_id
         self.client = client  # front end that gets the answer
         self.params = params
+        self.pairing = submit.pairing  # None as well once it is known that all of it is computed here
         self.arrival = arrival
         self.token_ids = list(submit.prompt_ids)  # prompt, then output known so far
         self.n_prompt = len(self.token_ids)
@@ -87,6 +91,9 @@ class Request:
         self.n_capacity = 0  # positions that `pages` have room for
         self.n_registered = 0  # leading pages that have been offered to the prefix cache
         self.register_at = NEVER  # n_computed from which the next page to offer is full
+
+        self.first_offered = 0  # of a prompt computed for another server: the first page that it wants
+        self.n_offered = 0  # leading pages offered to it in this residency, or not wanted
 
         self.n_cached_tokens = 0  # prompt tokens found in the prefix cache at the first start
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None  # gathered until the first token
@@ -115,19 +122,47 @@ class Request:
         self.n_capacity = len(self.pages) * self.page_tokens
         self.n_planned = self.n_computed = len(cached) * self.page_tokens
         self.n_registered = len(cached)
+        self.n_offered = self.first_offered
         if self.n_starts == 1:
             self.first_scheduled_s = now_s
             self.n_cached_tokens = self.n_planned
         if self.params.prompt_logprobs is not None and len(self.token_ids) == self.n_prompt:
             self.prompt_logprobs = [None]  # nothing comes before position 0
+        return self._slot_start()
+
+    def resume(self, step: int) -> SlotStart:
+        """Its prompt was computed elsewhere and the pages are filled: decode from step `step` on."""
+        self.pairing = None
+        self.start_step = step
+        self.n_planned = self.n_computed = self.n_prompt
+        return self._slot_start()
+
+    def _slot_start(self) -> SlotStart:
         return SlotStart(
-            slot=slot,
+            slot=self.slot,
             token_ids=list(self.token_ids),
             n_prompt_tokens=self.n_prompt,
             n_computed=self.n_planned,
             page_ids=list(self.pages),
             params=self.params,
         )
+
+    @property
+    def awaits_pages(self) -> bool:
+        """Whether another server computes its prompt."""
+        return self.pairing is not None and self.pairing.role == "decode"
+
+    @property
+    def lends_pages(self) -> bool:
+        """Whether its prompt is computed for another server."""
+        return self.pairing is not None and self.pairing.role == "prefill"
+
+    def end_reason(self) -> FinishReason | None:
+        """Why its newest token is its last, if it is."""
+        n_known = len(self.token_ids)
+        if self.token_ids[-1] in self.stop_ids and n_known >= self.n_stop_from:
+            return "stop"
+        return "length" if n_known >= self.n_limit else None
 
     def leave(self) -> None:
         """Give up slot and pages, which the caller has taken back."""

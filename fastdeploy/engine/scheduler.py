@@ -14,13 +14,24 @@ from itertools import islice
 from typing import TypeAlias
 
 from fastdeploy.config.schema import EngineConfig
+from fastdeploy.engine.checks import check_limits, check_prompt
+from fastdeploy.engine.disaggregation import PairedRequests
 from fastdeploy.engine.pages import PagePool
 from fastdeploy.engine.prefix_cache import PrefixCache
 from fastdeploy.engine.request import NEVER, Request
 from fastdeploy.engine.step import PlannedStep, StepDraft
 from fastdeploy.engine.waiting import WaitingRoom, by_arrival
-from fastdeploy.errors import ConfigError, ContextTooLong, EngineError, InvalidRequest, Overloaded, RequestTimeout
-from fastdeploy.wire.messages import FinishReason, Status, StepResult, Submit, TokenDelta
+from fastdeploy.errors import EngineError, InvalidRequest, Overloaded, RequestTimeout
+from fastdeploy.wire.messages import (
+    FinishReason,
+    PairingStatus,
+    SlotStart,
+    Status,
+    StepResult,
+    Submit,
+    TokenDelta,
+    TokenLogprobs,
+)
 
 Deltas: TypeAlias = dict[bytes, list[TokenDelta]]  # per front end
 
@@ -36,28 +47,16 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig) -> None:
         """Raises ConfigError when the page count is unknown or the limits of a step would stall a request for ever."""
-        limits, cache = config.scheduler, config.cache
-        if cache.n_pages is None:
-            raise ConfigError(
-                "cache.n_pages is not known yet: the scheduler starts after the ranks measured their memory"
-            )
-        if limits.max_batched_tokens < limits.max_seqs:
-            raise ConfigError(
-                f"--max-num-batched-tokens ({limits.max_batched_tokens}) must be at least --max-num-seqs "
-                f"({limits.max_seqs})"
-            )
-        if not limits.chunked_prefill and limits.max_batched_tokens < config.model.max_model_len:
-            raise ConfigError(
-                f"--max-num-batched-tokens ({limits.max_batched_tokens}) must be at least --max-model-len "
-                f"({config.model.max_model_len}) unless --enable-chunked-prefill is given"
-            )
+        limits, cache, n_pages = config.scheduler, config.cache, check_limits(config)
+        self._config = config
         self._model = config.model
         self._limits = limits
         self._page_tokens = cache.page_tokens
         self._max_partial = limits.max_partial_prefills if limits.chunked_prefill else 0
         self._max_long = limits.max_long_partial_prefills
         self._long_tokens = limits.long_prefill_tokens or NEVER
-        self.pool = PagePool(cache.n_pages)
+        self.pool = PagePool(n_pages)
+        self.paired = PairedRequests(self.pool)
         self._prefix_cache = PrefixCache(self.pool, cache.page_tokens) if cache.prefix_caching else None
         self._output_caching = cache.output_caching
 
@@ -77,7 +76,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """True when no request is running or waiting; steps in flight may still have to be committed."""
+        """True when there is no request that has not ended; steps in flight may still have to be committed."""
         return not self._requests
 
     @property
@@ -89,6 +88,9 @@ class Scheduler:
         """Queue a request. Raises InvalidRequest, ContextTooLong or Overloaded when it is refused."""
         self._check(submit)
         n_prompt, max_tokens = len(submit.prompt_ids), submit.params.max_tokens
+        lends = submit.pairing is not None and submit.pairing.role == "prefill"
+        if lends:
+            max_tokens = 1  # the decode server goes on from there
         max_model_len, n_room = self._model.max_model_len, self.pool.n_pages * self._page_tokens
         request = Request(
             submit,
@@ -102,32 +104,18 @@ class Scheduler:
         )
         self._n_arrived += 1
         self._requests[request.id] = request
-        self._waiting.put(request)
+        if lends:
+            self.paired.unwanted[request.id] = request
+        else:
+            self._waiting.put(request)
 
     def _check(self, submit: Submit) -> None:
-        n_prompt, n_room = len(submit.prompt_ids), self.pool.n_pages * self._page_tokens
-        max_model_len, max_waiting = self._model.max_model_len, self._limits.max_waiting
-        if submit.request_id in self._requests:
+        if submit.request_id in self._requests or self.paired.is_lent(submit.request_id):
             raise InvalidRequest(
                 f"request_id {submit.request_id!r} is in use by a request that has not ended", "request_id"
             )
-        if not n_prompt:
-            raise InvalidRequest("prompt must have at least one token", "prompt")
-        if min(submit.prompt_ids) < 0 or max(submit.prompt_ids) >= self._model.shape.vocab_size:
-            raise InvalidRequest(f"prompt: token ids must be in [0, {self._model.shape.vocab_size - 1}]", "prompt")
-        if n_prompt >= max_model_len:
-            raise ContextTooLong(
-                f"prompt has {n_prompt} tokens and must leave room for one more in max_model_len ({max_model_len}): "
-                "shorten it",
-                "prompt",
-            )
-        if n_prompt + 1 > n_room:
-            raise InvalidRequest(
-                f"prompt has {n_prompt} tokens, and with one more it never fits the KV cache of {n_room} tokens "
-                f"({self.pool.n_pages} pages of {self._page_tokens}): shorten it, or raise num_gpu_blocks_override or "
-                "gpu_memory_utilization",
-                "prompt",
-            )
+        check_prompt(submit, self._config, self.pool.n_pages)
+        max_waiting = self._limits.max_waiting
         if 0 < max_waiting <= self.n_waiting:
             raise Overloaded(
                 f"{self.n_waiting} requests are waiting, --scheduler-max-size allows {max_waiting}: try later"
@@ -140,7 +128,7 @@ class Scheduler:
 
     def withdraw(self, client: bytes, n_requests: int) -> list[str]:
         """Forget up to `n_requests` requests of a front end that never ran, newest first; returns their ids."""
-        fresh = [request for request in self._waiting if request.client == client and request.n_starts == 0]
+        fresh = [r for r in self._waiting if r.client == client and r.n_starts == 0 and not r.lends_pages]
         newest = fresh[-n_requests:] if n_requests > 0 else []
         for request in newest:
             self._forget(request)
@@ -158,6 +146,59 @@ class Scheduler:
         )
         return self._end(self._waiting.overdue(now_s - ttl_s), "error", error, RequestTimeout.__name__)
 
+    # ---- requests that two servers compute; see engine/disaggregation.py -------------------------------------------
+
+    def want(self, request_id: str, first_page: int) -> bool:
+        """A decode server asks for the pages of a prompt from `first_page` on; False when it is not to be had."""
+        request = self.paired.unwanted.pop(request_id, None)
+        if request is None:
+            return False
+        request.first_offered = first_page
+        self._waiting.put(request)
+        return True
+
+    def release(self, request_id: str) -> Deltas:
+        """The decode server is done with a prompt, or computes it itself: it is given up here in any state."""
+        self.paired.take_back(request_id)
+        request = self._requests.get(request_id)
+        return self.abort([request_id]) if request is not None and request.lends_pages else {}
+
+    def refuse(self, request_id: str, error: str) -> Deltas:
+        """End a request with an error: what it waits for does not come."""
+        return self._end([self._requests[request_id]], "error", error, RequestTimeout.__name__)
+
+    def first_token(
+        self,
+        request_id: str,
+        token_id: int,
+        logprobs: TokenLogprobs | None,
+        prompt_logprobs: list[TokenLogprobs | None] | None,
+        now_s: float,
+    ) -> Deltas:
+        """The first token of a request that awaits pages, sampled elsewhere."""
+        request = self.paired.awaiting[request_id]
+        request.prompt_logprobs = prompt_logprobs
+        request.token_ids.append(token_id)
+        request.n_target = request.n_prompt + 1
+        request.first_token_s = request.last_token_s = now_s
+        self._n_generated_tokens += 1
+        reason = request.end_reason()
+        delta = request.delta(token_id, reason, logprobs)
+        if reason:
+            self._forget(request)
+        return {request.client: [delta]}
+
+    def fill(self, request_id: str) -> None:
+        """All pages of a request are here and verified, and so is its first token: it decodes from the next step on."""
+        self.paired.filled.append(self.paired.awaiting.pop(request_id))
+
+    def compute_here(self, request_id: str) -> None:
+        """The pages do not come, and nothing writes into them any more: the request waits to be computed here."""
+        request = self.paired.awaiting.pop(request_id)
+        self._leave_rank(request)
+        request.pairing = None
+        self._waiting.put(request)
+
     # ---- plan ----------------------------------------------------------------------------------------------------
 
     def plan(self, now_s: float, *, even_if_empty: bool = False) -> PlannedStep | None:
@@ -167,6 +208,11 @@ class Scheduler:
         without grants if need be: other ranks of the group have work.
         """
         draft = StepDraft(self._limits.max_batched_tokens)
+        for request in self.paired.filled:
+            draft.starts.append(request.resume(self._n_planned_steps))
+            self._set_register_at(request)
+            insort(self._running, request, key=by_arrival)
+        self.paired.filled.clear()
         self._grant_decodes(draft)
         for request in draft.midway:
             if draft.budget:
@@ -239,6 +285,12 @@ class Scheduler:
             if not self._free_slots or not draft.budget or request.n_in_flight:
                 break
             cached = self._find_cached(request)
+            if request.awaits_pages:  # costs this step nothing; one more token, lest it be preempted at once
+                if not self._start(request, cached, request.n_target + 1, now_s):
+                    break
+                self.paired.awaiting[request.id] = request
+                self.paired.reserved.append(request)
+                continue
             n_lacking = request.n_target - len(cached) * self._page_tokens
             n_share, is_long = self._share(draft, n_lacking), self._is_long(request)
             if n_share < n_lacking:
@@ -246,8 +298,10 @@ class Scheduler:
                     break
                 if is_long and draft.n_long >= self._max_long:
                     continue
-            if not self._start(request, cached, draft, now_s):
+            start = self._start(request, cached, request.n_target, now_s)
+            if start is None:
                 break
+            draft.starts.append(start)
             draft.take(request, n_share, is_long)
             insort(self._running, request, key=by_arrival)
 
@@ -257,25 +311,25 @@ class Scheduler:
             return []
         return self._prefix_cache.match(request.names, request.n_target)
 
-    def _start(self, request: Request, cached: list[int], draft: StepDraft, now_s: float) -> bool:
-        """Give a request a slot and pages for all its known tokens; False, and no change, when there are too few pages.
+    def _start(self, request: Request, cached: list[int], n_tokens: int, now_s: float) -> SlotStart | None:
+        """Give a request a slot and pages for `n_tokens` tokens; None, and no change, when there are too few pages.
 
         Beside others it must leave a page for each to grow into, lest it be preempted at once. Alone it may take all.
         """
-        n_new = -(-request.n_target // self._page_tokens) - len(cached)
+        n_new = -(-n_tokens // self._page_tokens) - len(cached)
         n_reserved = len(self._running) + 1 if self._running else 0
         if n_new + n_reserved > self.pool.n_available - self.pool.n_unheld(cached):
-            return False
+            return None
         self._waiting.remove(request)
         self.pool.hold(cached)
         new = self.pool.allocate(n_new)
         assert new is not None, "pages counted as available are not"
-        draft.starts.append(request.start(self._free_slots.pop(), self._n_planned_steps, cached, new, now_s))
+        start = request.start(self._free_slots.pop(), self._n_planned_steps, cached, new, now_s)
         self._set_register_at(request)
         if request.n_starts == 1:
             self._n_prompt_tokens += request.n_prompt
             self._n_cached_tokens += request.n_cached_tokens
-        return True
+        return start
 
     # ---- commit --------------------------------------------------------------------------------------------------
 
@@ -369,11 +423,11 @@ class Scheduler:
         del self._requests[request.id]
         if request.slot >= 0:
             self._leave_rank(request)
-        else:
+        elif self.paired.unwanted.pop(request.id, None) is None:
             self._waiting.remove(request)
 
     def _leave_rank(self, request: Request) -> None:
-        self.pool.release(request.pages)
+        self.pool.release(self.paired.leave(request))
         self._free_slots.append(request.slot)
         request.leave()
 
@@ -396,4 +450,5 @@ class Scheduler:
             n_waiting_tokens=n_tokens - n_running_tokens,
             stalled_s=stalled_s,
             n_rows_of_expert=n_rows_of_expert or {},
+            pairing=PairingStatus(len(self.paired.awaiting), self.paired.n_lent_pages),
         )

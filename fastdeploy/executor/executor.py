@@ -18,11 +18,14 @@ import msgspec
 from fastdeploy import errors
 from fastdeploy.config.hardware import cpu_rank_environment
 from fastdeploy.config.schema import EngineConfig
+from fastdeploy.transfer.base import Endpoint
 from fastdeploy.wire.child import Child
 from fastdeploy.wire.messages import (
     GroupStore,
     JoinGroup,
     LoadProgress,
+    PagesComputed,
+    PullEnded,
     RankAlive,
     RankBoot,
     RankEvent,
@@ -30,6 +33,8 @@ from fastdeploy.wire.messages import (
     RankReady,
     StepPlan,
     StepResult,
+    TransferCommand,
+    TransferEvent,
 )
 
 _POLL_S = 0.05
@@ -51,6 +56,8 @@ class Executor:
         self._n_layers_done = -1
         self._watches_start = config.model.device == "cpu"  # a driver may hold up a whole process for long
         self.n_rows_of_expert: dict[int, int] = {}  # as far as these ranks hold experts and count
+        self.transfer_events: list[tuple[int, TransferEvent]] = []  # of all ranks, since the core took them last
+        self.endpoints: list[Endpoint] = []  # of all ranks, in order, where they can be read
         self.store: GroupStore | None = None  # opened by one of these ranks; all ranks of its group have to be told
         env = cpu_rank_environment(os.environ) if config.model.device == "cpu" else {}
         module = "fastdeploy.executor.worker" if config.model.synthetic is None else "fastdeploy.executor.synthetic"
@@ -97,6 +104,8 @@ class Executor:
                 self.check_alive(_START_SILENCE_LIMIT_S)
         self._last_progress_s = time.monotonic()
         self._heard_s = [self._last_progress_s] * len(self.connections)
+        found = [ready[rank].endpoint for rank in sorted(ready)]
+        self.endpoints = [endpoint for endpoint in found if endpoint is not None]
         return min(ready.values(), key=lambda r: r.n_pages)
 
     def join_group(self, store: GroupStore) -> None:
@@ -106,6 +115,13 @@ class Executor:
     def send(self, plan: StepPlan) -> None:
         """Give a plan to all ranks."""
         self._send(plan)
+
+    def send_to(self, rank: int, command: TransferCommand) -> None:
+        """Give a command about pages to one rank."""
+        try:
+            self.connections[rank].send_bytes(_encode(command))
+        except OSError:
+            raise self._dead(rank) from None
 
     def check_alive(self, limit_s: float = _SILENCE_LIMIT_S) -> None:
         """Raises EngineDeadError when a rank has been silent for too long, as a stopped process is."""
@@ -134,6 +150,8 @@ class Executor:
                 if isinstance(event, StepResult) and rank == 0:
                     results.append(event)
                     self._last_progress_s = time.monotonic()
+                elif isinstance(event, PagesComputed | PullEnded):
+                    self.transfer_events.append((rank, event))
         return results
 
     def stalled_s(self, busy_since_s: float) -> float:

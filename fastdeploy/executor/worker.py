@@ -19,9 +19,12 @@ from fastdeploy.errors import ConfigError, EngineStartError, FastDeployError
 from fastdeploy.observability.logs import setup_logging
 from fastdeploy.wire.child import receive_boot
 from fastdeploy.wire.messages import (
+    CancelPull,
+    ForgetPulls,
     GroupStore,
     JoinGroup,
     LoadProgress,
+    PullPages,
     RankAlive,
     RankBoot,
     RankCommand,
@@ -30,6 +33,7 @@ from fastdeploy.wire.messages import (
     RankReady,
     StepPlan,
     Stop,
+    TransferCommand,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +63,7 @@ class CoreLink:
         self._connection = Connection(fd)
         self._lock = threading.Lock()
         self._commands: queue.SimpleQueue[RankCommand] = queue.SimpleQueue()
+        self.transfers: queue.SimpleQueue[TransferCommand] = queue.SimpleQueue()  # a thread of its own carries them out
         threading.Thread(target=self._read, name="plans", daemon=True).start()
 
     def send(self, event: RankEvent) -> None:
@@ -84,7 +89,11 @@ class CoreLink:
                 data = self._connection.recv_bytes()
             except (EOFError, OSError):
                 os._exit(0)
-            self._commands.put(_decode(data))
+            command: RankCommand = _decode(data)
+            if isinstance(command, PullPages | CancelPull | ForgetPulls):
+                self.transfers.put(command)
+            else:
+                self._commands.put(command)
 
 
 def main() -> None:
@@ -132,7 +141,15 @@ def _serve(boot: RankBoot, link: CoreLink, heart: _Heart) -> None:
     stages_s = {"torch": round(started - _process_start_s(), 2), **stages_s}
     if config.model.device == "cuda":
         stages_s["warm-up"] = round(time.monotonic() - warm_s, 2)
-    link.send(RankReady(runner.n_pages, runner.kv_bytes, runner.weight_bytes, stages_s))
+    endpoint = None
+    if runner.memory is not None:
+        from fastdeploy.executor.pulls import Pulls
+
+        pulls = Pulls(config, boot.number, runner.memory, runner.owner, link.send)
+        endpoint = pulls.endpoint
+        runner.lend(link.send)
+        threading.Thread(target=pulls.serve, args=(link.transfers,), name="pulls", daemon=True).start()
+    link.send(RankReady(runner.n_pages, runner.kv_bytes, runner.weight_bytes, stages_s, endpoint))
     heart.runner = runner
     _run_steps(runner, link, config.model.device == "cuda")
 

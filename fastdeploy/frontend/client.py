@@ -29,6 +29,7 @@ from fastdeploy.wire.messages import (
     LoadProgress,
     Ready,
     Shutdown,
+    Siblings,
     Status,
     StepOutput,
     Submit,
@@ -182,6 +183,11 @@ class EngineClient:
         if not self._death.done():
             self._send(Withdraw(n_requests))
 
+    def introduce(self, ports: list[int]) -> None:
+        """Tell the core where all cores of this server listen for those of other servers."""
+        if not self._death.done():
+            self._send(Siblings(ports))
+
     def health(self) -> str | None:
         """None while the engine makes progress or has nothing to do, else what is wrong."""
         if self._death.done():
@@ -220,7 +226,7 @@ class EngineClient:
         if self._death.done():
             raise EngineUnavailable(f"the engine stopped: {self._death.result()}")
 
-    def _send(self, command: Submit | Abort | Withdraw) -> None:
+    def _send(self, command: Submit | Abort | Withdraw | Siblings) -> None:
         task = asyncio.create_task(self._channel.send(command))
         self._sends.add(task)
         task.add_done_callback(self._sends.discard)

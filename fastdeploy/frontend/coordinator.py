@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -74,7 +74,16 @@ class Coordinator:
             sum(ready.kv_bytes for ready in readies),
             sum(ready.weight_bytes for ready in readies),
             dict(stages_s),
+            self._introduce(readies),
         )
+
+    def _introduce(self, readies: Sequence[Ready]) -> list[int]:
+        """Tell the cores where the others listen for those of other servers; returns all these ports."""
+        ports = [port for ready in readies for port in ready.control_ports]
+        if len(ports) > 1:
+            for replica in self.replicas:
+                replica.introduce(ports)
+        return ports
 
     def submit(self, requests: Iterable[Submit], inbox: Inbox) -> None:
         """Send each request to the rank with the least to do. Raises EngineUnavailable when none serves."""

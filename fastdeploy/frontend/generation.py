@@ -21,7 +21,7 @@ from fastdeploy.frontend.params import checked_params
 from fastdeploy.frontend.tokenizer import Tokenizer
 from fastdeploy.observability.metrics import Metrics
 from fastdeploy.sampling_params import MAX_SEED, SamplingParams
-from fastdeploy.wire.messages import FinishReason, Ready, RequestTimes, Submit, TokenDelta, TokenLogprobs
+from fastdeploy.wire.messages import FinishReason, Pairing, Ready, RequestTimes, Submit, TokenDelta, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,12 @@ class Generator:
         return params.resolved(model.sampling_defaults, limit - n_prompt)
 
     async def generate(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams
+        self, request_id: str, prompt_ids: list[int], params: SamplingParams, pairing: Pairing | None = None
     ) -> AsyncGenerator[list[ChoiceDelta], None]:
         """The answers of one request, of `params` from `check`; each item is what came since the last.
 
-        Closing the generator ends the request at once. Raises RequestError: what the engine refused, or
-        EngineUnavailable.
+        `pairing`: see `Submit`. Closing the generator ends the request at once. Raises RequestError: what the engine
+        refused, or EngineUnavailable.
         """
         if request_id in self._alive:
             raise InvalidRequest(f"request_id {request_id!r} is in use by a request that has not ended", "request_id")
@@ -82,7 +82,7 @@ class Generator:
         inbox = Inbox()
         self.metrics.request_received()
         try:
-            self._engine.submit(_submits(answers, prompt_ids, params), inbox)
+            self._engine.submit(_submits(answers, prompt_ids, params, pairing), inbox)
             for _ in answers:
                 self.metrics.request_started()
             running = len(answers)
@@ -209,7 +209,9 @@ class _Answer:
         self.times = delta.times or self.times
 
 
-def _submits(answers: Iterable[str], prompt_ids: list[int], params: SamplingParams) -> list[Submit]:
+def _submits(
+    answers: Iterable[str], prompt_ids: list[int], params: SamplingParams, pairing: Pairing | None
+) -> list[Submit]:
     """One engine request per answer; answer i draws with seed + i."""
     now_s, seed = time.time(), params.seed or 0
     return [
@@ -218,6 +220,7 @@ def _submits(answers: Iterable[str], prompt_ids: list[int], params: SamplingPara
             prompt_ids,
             msgspec.structs.replace(params, n=1, best_of=None, seed=(seed + i) % (MAX_SEED + 1)),
             now_s,
+            pairing,
         )
         for i, engine_id in enumerate(answers)
     ]

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.errors import EngineError, EngineStartError, EngineUnavailable, FastDeployError
@@ -40,6 +41,7 @@ class Replica:
         self._on_status = on_status
         self._on_withdrawn = on_withdrawn
         self._restart = restart
+        self._siblings: list[int] = []
         self._client: EngineClient | None = None
         self._down: str | None = "starting"  # why no requests are taken; None while they are
         self._gone: asyncio.Future[EngineError] = asyncio.get_running_loop().create_future()
@@ -89,6 +91,12 @@ class Replica:
             return self._down
         return self._client.health() if self._client is not None else None
 
+    def introduce(self, ports: list[int]) -> None:
+        """Where all engine cores of this server listen for those of other servers, now and after a restart."""
+        self._siblings = ports
+        if self._client is not None:
+            self._client.introduce(ports)
+
     async def gone(self) -> EngineError:
         """Waits until the engine is dead for good and says what it was."""
         return await asyncio.shield(self._gone)
@@ -119,8 +127,18 @@ class Replica:
             await asyncio.gather(connecting, return_exceptions=True)
             raise
         ready = connecting.result()
+        if ready.control_ports:  # other servers have heard of this port: it stays after a restart
+            self._keep_port(ready.control_ports[0])
+        if self._siblings:
+            self._client.introduce(self._siblings)
         self._down = None
         return ready
+
+    def _keep_port(self, port: int) -> None:
+        parallel, transfer = self.config.parallel, self.config.transfer
+        ports = list(transfer.control_ports or [0] * parallel.n_local_replicas)
+        ports[parallel.data_rank % parallel.n_local_replicas] = port
+        self.config = replace(self.config, transfer=replace(transfer, control_ports=tuple(ports)))
 
     async def _death_of(self, client: EngineClient) -> EngineError:
         """Waits for the engine's end; one that would be replaced is also given up when it stays silent."""

@@ -56,6 +56,11 @@ _COUNTERS: Mapping[str, str] = {
     "prefix_cache_token_num": "Prompt tokens found in the prefix cache.",
     "prefix_gpu_cache_token_num": "Prompt tokens found in the prefix cache on the device.",
     "prefix_cpu_cache_token_num": "Prompt tokens found in the prefix cache in host memory (there is none).",
+    "send_cache_failed_num": "Prompts computed for a decode server that did not take the pages.",
+    "pd_pulled_requests": "Requests decoded here whose prompt was computed by a prefill server.",
+    "pd_pulled_blocks": "Pages read from prefill servers.",
+    "pd_pulled_bytes": "Bytes of these pages.",
+    "pd_wait_milliseconds": "From pages reserved to pages filled, of all pulled requests together.",
     "prefix_storage_cache_token_num": "Prompt tokens found in the prefix cache in storage (there is none).",
 }
 _GAUGES: Mapping[str, str] = {
@@ -77,6 +82,8 @@ _GAUGES: Mapping[str, str] = {
     "max_gpu_block_num": "All pages.",
     "available_gpu_resource": "Share of pages that can be given out.",
     "gpu_cache_usage_perc": "Share of pages that requests hold, 0 to 1.",
+    "pd_awaiting_requests": "Requests here that await pages of a prefill server.",
+    "pd_lent_blocks": "Pages of ended requests that a decode server may still read.",
     "dp_balance_ratio": "Mean over largest load of the data-parallel ranks, in tokens; 1 is even.",
 }
 _RANK_GAUGES: Mapping[str, tuple[str, str]] = {
@@ -136,6 +143,7 @@ class Metrics(Collector):
         self._totals = {
             name: EngineTotal() for name in ("preempted", "prompt_tokens", "cached_tokens", "generated_tokens")
         }
+        self._fallbacks: Mapping[str, int] = {}
         self._n_ended = 0
         self._n_ended_with_hit = 0
         self._status_d: Mapping[int, Status] = {}
@@ -247,6 +255,15 @@ class Metrics(Collector):
         counters["generation_tokens_total"] = totals["generated_tokens"].value
         counters["prefix_cache_token_num"] = counters["prefix_gpu_cache_token_num"] = n_cached
         gauges["hit_token_rate"] = gauges["gpu_hit_token_rate"] = n_cached / n_prompt if n_prompt else 0.0
+        pairing = status.pairing
+        counters["send_cache_failed_num"] = pairing.n_send_failed_total
+        counters["pd_pulled_requests"] = pairing.n_pulled_total
+        counters["pd_pulled_blocks"] = pairing.n_pulled_pages_total
+        counters["pd_pulled_bytes"] = pairing.n_pulled_bytes_total
+        counters["pd_wait_milliseconds"] = pairing.wait_ms_total
+        gauges["pd_awaiting_requests"] = pairing.n_awaiting
+        gauges["pd_lent_blocks"] = pairing.n_lent_pages
+        self._fallbacks = pairing.n_fallbacks_of_reason
         gauges["num_requests_waiting"] = status.n_waiting
         gauges["num_requests_running"] = gauges["batch_size"] = status.n_running
         gauges["available_batch_size"] = max(gauges["max_batch_size"] - status.n_running, 0)
@@ -280,6 +297,12 @@ class Metrics(Collector):
             for expert, n in sorted(status.n_rows_of_expert.items()):
                 experts.add_metric([str(expert)], n)
         yield experts
+        fallbacks = CounterMetricFamily(
+            PREFIX + "pd_fallbacks", "Prompts computed by the decode server after all, by reason.", labels=["reason"]
+        )
+        for reason, n in sorted(self._fallbacks.items()):
+            fallbacks.add_metric([reason], n)
+        yield fallbacks
         ended = CounterMetricFamily(PREFIX + "requests_ended", "Requests that ended, by reason.", labels=["reason"])
         for reason, n in list(self._finished.items()):
             ended.add_metric([reason], n)

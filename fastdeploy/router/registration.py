@@ -69,6 +69,9 @@ async def keep_registered(
     role: str = "mixed",
     tp_size: int = 1,
     device_ids: Sequence[str] = (),
+    connector_port: int | None = None,
+    transfer_protocol: Sequence[str] = (),
+    rdma_ports: Sequence[int] = (),
     interval_s: float = HEARTBEAT_S,
 ) -> None:
     """Register a server with every router now and then, until cancelled; then take it back. Raises nothing else.
@@ -85,6 +88,9 @@ async def keep_registered(
                 metrics_port=str(metrics_port),
                 tp_size=tp_size,
                 device_ids=tuple(device_ids),
+                connector_port="" if connector_port is None else str(connector_port),
+                transfer_protocol=tuple(transfer_protocol),
+                rdma_ports=tuple(map(str, rdma_ports)),
             )
             group.create_task(_keep(router, record, is_well, interval_s))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from fastdeploy.models.registry import build_model
 from fastdeploy.models.weights import Noted, RandomWeights
 from fastdeploy.runner.kv_memory import choose_n_pages, free_bytes, total_bytes
 from fastdeploy.runner.model_runner import ModelRunner
+from fastdeploy.transfer.layout import PageLayout
+from fastdeploy.transfer.memory import allocate_pages
 
 log = logging.getLogger("fastdeploy.weights")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -78,7 +81,10 @@ def build_runner(
     n_sharing = topology.ranks_per_host(parallel) if place.device.type == "cpu" else 1
     n_free, n_total = free_bytes(place.device) // n_sharing, total_bytes(place.device) // n_sharing
     n_pages = choose_n_pages(config, backend.page_bytes(), n_free, n_total)
-    runner = ModelRunner(config, model, backend, n_pages, memory.borrowed_bytes)
+    shared, owner = None, uuid.uuid4().hex
+    if config.transfer.role != "mixed":
+        shared = allocate_pages(page_layout(config, where, n_pages), place.device, owner, shared=True)
+    runner = ModelRunner(config, model, backend, n_pages, memory.borrowed_bytes, shared, owner)
     stages_s = {"weights": loaded - started, "group": joined - loaded, "pages": time.monotonic() - joined}
     if where.group_size == 1:
         del stages_s["group"]
@@ -90,6 +96,24 @@ def _weight_memory(config: EngineConfig, where: Position, meeting: Meeting | Non
     if config.model.device != "cpu" or meeting is None:
         return OwnMemory()
     return weight_memory(config.parallel, where.number, meeting.store)
+
+
+def page_layout(config: EngineConfig, where: Position, n_pages: int) -> PageLayout:
+    """How the pages of a rank are cut."""
+    shape = config.model.shape
+    first, n_kv_heads = topology.local_kv_heads(shape.n_kv_heads, where)
+    return PageLayout(
+        n_layers=shape.n_layers,
+        n_pages=n_pages,
+        page_tokens=config.cache.page_tokens,
+        n_kv_heads=n_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=config.model.dtype,
+        first_kv_head=first,
+        total_kv_heads=shape.n_kv_heads,
+        tensor_rank=where.tensor_rank,
+        tensor_size=where.n_tensor,
+    )
 
 
 def _connect(peers: Peers, group: Group, shape: ModelShape, place: Placement, exchange: str | None) -> None:

@@ -20,12 +20,14 @@ from fastdeploy.layers.attention.base import AttentionBackend, BatchLayout, Grap
 from fastdeploy.layers.rotary import rotations
 from fastdeploy.models.decoder import Decoder
 from fastdeploy.runner.batch_state import BatchState, Grants, StepInputs
+from fastdeploy.runner.lender import Lender
 from fastdeploy.runner.logprobs import PendingLogprobs, prompt_logprobs
 from fastdeploy.runner.sampler import Sampler
 from fastdeploy.runner.sampling_state import SamplingState, host_to_device
 from fastdeploy.runner.step import StepContext
 from fastdeploy.runner.tokens import DeviceTokens, HostTokens, Tokens
-from fastdeploy.wire.messages import StepAgreement, StepPlan, StepResult, TokenLogprobs
+from fastdeploy.transfer.memory import PageMemory
+from fastdeploy.wire.messages import PagesComputed, StepAgreement, StepPlan, StepResult, TokenLogprobs
 
 if TYPE_CHECKING:
     from fastdeploy.runner.captured import CapturedSteps
@@ -35,14 +37,28 @@ class ModelRunner:
     """A rank's model, its pages and the requests in its slots. `borrowed_bytes` of its weights are another rank's."""
 
     def __init__(
-        self, config: EngineConfig, model: Decoder, backend: AttentionBackend, n_pages: int, borrowed_bytes: int = 0
+        self,
+        config: EngineConfig,
+        model: Decoder,
+        backend: AttentionBackend,
+        n_pages: int,
+        borrowed_bytes: int = 0,
+        memory: PageMemory | None = None,
+        owner: str = "",
     ) -> None:
+        """`memory`: the pages, where ranks of other servers may read them as those of `owner`; None: its own."""
         shape, self.config = config.model.shape, config
         self.device = torch.device(config.model.device)
         self.model = model
         self.backend = backend
         self.n_pages = n_pages
-        self.pages_l = backend.allocate(n_pages)
+        self.memory = memory
+        self.owner = owner
+        self.lender: Lender | None = None
+        if memory is None:
+            self.pages_l = backend.allocate(n_pages)
+        else:
+            self.pages_l = [backend.view(memory.layer(layer)) for layer in range(shape.n_layers)]
         self.kv_bytes = backend.page_bytes() * n_pages
         self.weight_bytes = max(model.n_bytes() - borrowed_bytes, 0)  # borrowed ones count their padding
         max_slots, max_tokens = config.scheduler.max_seqs, config.model.max_model_len
@@ -63,9 +79,14 @@ class ModelRunner:
         else:
             tokens = self.tokens = DeviceTokens(self.state, max_slots, self.device)
             self._stream = torch.cuda.Stream(self.device)
-            if isinstance(backend, GraphAttentionBackend):
+            if isinstance(backend, GraphAttentionBackend) and config.transfer.role != "prefill":
                 self._captured = self._make_captured(backend, tokens)
             torch.cuda.synchronize(self.device)  # all of the above was written on another stream
+
+    def lend(self, send: Callable[[PagesComputed], None]) -> None:
+        """From now on offer the pages that plans order."""
+        assert self.memory is not None, "only pages that others may read can be offered"
+        self.lender = Lender(self.memory, self.owner, send, by_layer=self.device.type == "cpu")
 
     def layers_done(self) -> int:
         """Decoder layers computed since start: progress that a heartbeat can report."""
@@ -109,6 +130,20 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Run a step; the function returned waits for what it sampled. It may be called from another thread."""
+        lender = self.lender
+        if lender is None or not plan.orders:
+            return self._launch(plan)
+        lender.begin(plan.orders)
+        read = self._launch(plan)
+
+        def result() -> StepResult:
+            found = read()
+            lender.finish()
+            return found
+
+        return result
+
+    def _launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         with self._on_stream():
             for start in plan.starts:
                 self.state.start(start)
@@ -244,3 +279,5 @@ class ModelRunner:
 
     def _count_layer(self, *_: object) -> None:
         self._n_layers_done += 1
+        if self.lender is not None:
+            self.lender.layer_done()

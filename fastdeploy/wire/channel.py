@@ -16,12 +16,14 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from fastdeploy.wire.control import OfferEvent, WantCommand
 from fastdeploy.wire.messages import Command, Event, GroupCommand, GroupEvent
 
 Received = TypeVar("Received")
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_event = msgspec.msgpack.Decoder(Event).decode
+_decode_offer = msgspec.msgpack.Decoder(OfferEvent).decode
 _decode_group_event = msgspec.msgpack.Decoder(GroupEvent).decode
 
 
@@ -90,6 +92,43 @@ class HubChannel(_ServerChannel[GroupCommand]):
 
     def __init__(self, endpoint: str, secret_key: bytes, public_key: bytes) -> None:
         super().__init__(endpoint, secret_key, public_key, msgspec.msgpack.Decoder(GroupCommand))
+
+
+class ControlChannel(_ServerChannel[WantCommand]):
+    """A prefill core's end of the talk with decode cores."""
+
+    def __init__(self, host: str, port: int, secret_key: bytes, public_key: bytes) -> None:
+        """Port 0 is any free one; `port` says which it is."""
+        shown = f"[{host}]" if ":" in host else host
+        endpoint = f"tcp://{shown}:{port or '*'}"
+        super().__init__(endpoint, secret_key, public_key, msgspec.msgpack.Decoder(WantCommand))
+        self.port = int(self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0").rpartition(":")[2])
+
+
+class PrefillChannel:
+    """A decode core's end of the talk with one prefill core. Connects again when that is replaced."""
+
+    def __init__(self, context: zmq.Context[Any], host: str, port: int, public_key: bytes) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.curve_serverkey = public_key
+        self.socket.curve_publickey, self.socket.curve_secretkey = zmq.curve_keypair()
+        self.socket.linger = 0
+        self.socket.reconnect_ivl_max = 1000
+        self.socket.connect(f"tcp://{f'[{host}]' if ':' in host else host}:{port}")
+
+    def send(self, command: WantCommand) -> None:
+        """Send one message; dropped when the peer has not been there for long, which its silence tells as well."""
+        with contextlib.suppress(zmq.Again):
+            self.socket.send(_encode(command), zmq.NOBLOCK)
+
+    def receive_all(self) -> Iterator[OfferEvent]:
+        """All that has arrived; does not wait."""
+        while True:
+            try:
+                data = self.socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            yield _decode_offer(data)
 
 
 class MemberChannel:

@@ -11,6 +11,7 @@ import msgspec
 
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.sampling_params import SamplingParams
+from fastdeploy.transfer.base import Endpoint, PageSet
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 
@@ -22,6 +23,14 @@ class _Message(msgspec.Struct, tag=True, frozen=True, array_like=True, gc=False)
 # ---- front end -> engine core ------------------------------------------------------------------------------------
 
 
+class Pairing(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A request is computed by two servers, of which this is the one of that role; the prefill one listens there."""
+
+    role: Literal["prefill", "decode"]
+    host: str
+    port: int
+
+
 class Submit(_Message, frozen=True):
     """One request with one answer (n > 1 is n of these)."""
 
@@ -29,6 +38,7 @@ class Submit(_Message, frozen=True):
     prompt_ids: list[int]
     params: SamplingParams  # resolved: no unset numbers
     arrival_s: float  # unix time
+    pairing: Pairing | None = None  # None: all of it is computed here
 
 
 class Abort(_Message, frozen=True):
@@ -43,6 +53,12 @@ class Withdraw(_Message, frozen=True):
     n_requests: int
 
 
+class Siblings(_Message, frozen=True):
+    """Control ports of all engine cores of this server; see wire/control.py."""
+
+    ports: list[int]
+
+
 class Hello(_Message, frozen=True):
     """A front end introduces itself and wants Ready and Status."""
 
@@ -51,7 +67,7 @@ class Shutdown(_Message, frozen=True):
     """Stop; with expert parallelism as soon as no other rank of the group needs this one."""
 
 
-Command: TypeAlias = Submit | Abort | Withdraw | Hello | Shutdown
+Command: TypeAlias = Submit | Abort | Withdraw | Siblings | Hello | Shutdown
 
 
 # ---- engine core -> front end ------------------------------------------------------------------------------------
@@ -123,6 +139,20 @@ class Ready(_Message, frozen=True):
     kv_bytes: int
     weight_bytes: int
     stages_s: dict[str, float]
+    control_ports: list[int] = []  # where prefill and decode cores talk; one per core, none in a mixed server
+
+
+class PairingStatus(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one engine core did with requests that are computed by two servers."""
+
+    n_awaiting: int = 0  # requests with slot and pages here whose prompt is computed elsewhere
+    n_lent_pages: int = 0  # pages of ended requests that a decode server may still read
+    n_pulled_total: int = 0  # requests that started to decode with pages from elsewhere
+    n_pulled_pages_total: int = 0
+    n_pulled_bytes_total: int = 0
+    wait_ms_total: int = 0  # from reserved pages to pages filled, of all `n_pulled_total`
+    n_send_failed_total: int = 0  # prompts computed for a decode server that did not take the pages
+    n_fallbacks_of_reason: dict[str, int] = {}  # prompts computed here after all
 
 
 class Status(_Message, frozen=True):
@@ -142,6 +172,7 @@ class Status(_Message, frozen=True):
     n_waiting_tokens: int
     stalled_s: float  # seconds since the ranks last made progress while having work; 0 when idle
     n_rows_of_expert: dict[int, int] = {}  # rows, of any rank, that the experts here computed; empty: not counted
+    pairing: PairingStatus = PairingStatus()
 
 
 class EngineFailed(_Message, frozen=True):
@@ -254,6 +285,15 @@ class SlotStart(msgspec.Struct, frozen=True, array_like=True, gc=False):
     params: SamplingParams
 
 
+class PageOrder(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """With this step these pages of a request are complete, from the `first_page`-th of its prompt on: offer them."""
+
+    request_id: str
+    generation: int
+    first_page: int
+    page_ids: list[int]
+
+
 class StepPlan(_Message, frozen=True):
     """One step of the ranks. The arrays `slots`, `n_tokens`, `samples` and `new_pages` run in parallel.
 
@@ -268,6 +308,29 @@ class StepPlan(_Message, frozen=True):
     samples: list[bool]
     new_pages: list[list[int]]
     agreement: StepAgreement | None = None  # with expert parallelism; the arrays may be empty then
+    orders: list[PageOrder] = []  # of a prefill server
+
+
+class PullPages(_Message, frozen=True):
+    """Read pages of another server's rank into `page_ids`, within `patience_s`; `PullEnded` is the answer."""
+
+    pull_id: int
+    peer: Endpoint
+    source: PageSet
+    page_ids: list[int]
+    patience_s: float
+
+
+class CancelPull(_Message, frozen=True):
+    """Give a pull up; `PullEnded` follows unless it was sent already."""
+
+    pull_id: int
+
+
+class ForgetPulls(_Message, frozen=True):
+    """The request is over: what was read for it need not be remembered."""
+
+    request_id: str
 
 
 class JoinGroup(_Message, frozen=True):
@@ -281,7 +344,8 @@ class Stop(_Message, frozen=True):
     """The rank ends."""
 
 
-RankCommand: TypeAlias = StepPlan | JoinGroup | Stop
+TransferCommand: TypeAlias = PullPages | CancelPull | ForgetPulls
+RankCommand: TypeAlias = StepPlan | PullPages | CancelPull | ForgetPulls | JoinGroup | Stop
 
 
 # ---- ranks -> engine core ----------------------------------------------------------------------------------------
@@ -296,13 +360,29 @@ class StepResult(_Message, frozen=True):
     prompt_logprobs: dict[int, list[TokenLogprobs | None]] | None  # grant index -> its prompt positions of this chunk
 
 
+class PagesComputed(_Message, frozen=True):
+    """Pages that were ordered are complete in some layers; the first is page `first_page` of the prompt."""
+
+    first_page: int
+    pages: PageSet
+
+
+class PullEnded(_Message, frozen=True):
+    """Nothing writes into the pages of this pull any more. Without `error` they are filled and verified."""
+
+    pull_id: int
+    n_bytes: int
+    error: str | None = None
+
+
 class RankReady(_Message, frozen=True):
-    """The rank has its weights and its pages."""
+    """The rank has its weights and its pages; `endpoint` says how they are read, if they may be."""
 
     n_pages: int
     kv_bytes: int
     weight_bytes: int
     stages_s: dict[str, float]
+    endpoint: Endpoint | None = None
 
 
 class RankAlive(_Message, frozen=True):
@@ -319,7 +399,10 @@ class RankFailed(_Message, frozen=True):
     message: str
 
 
-RankEvent: TypeAlias = StepResult | RankReady | RankAlive | RankFailed | LoadProgress | GroupStore
+TransferEvent: TypeAlias = PagesComputed | PullEnded
+RankEvent: TypeAlias = (
+    StepResult | PagesComputed | PullEnded | RankReady | RankAlive | RankFailed | LoadProgress | GroupStore
+)
 
 
 # ---- parent -> child, once, at its start -------------------------------------------------------------------------

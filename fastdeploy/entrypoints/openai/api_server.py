@@ -124,10 +124,27 @@ async def _serve(
     def on_up(generator: Generator) -> None:
         report.on_ready(config, generator.ready, address_of(sockets[0]))
         announce(Up())
+        if generator.ready.control_ports:
+            ports_shown = ",".join(map(str, generator.ready.control_ports))
+            console.info(
+                "%s server: other servers reach it at %s:%s", config.transfer.role, config.transfer.host, ports_shown
+            )
         if routers:
             host, port = sockets[0].getsockname()[:2]
             metrics_port = sockets[-1].getsockname()[1]
-            work = keep_registered(routers, host, port, metrics_port, lambda: state.health() is None)
+            transfer, ports = config.transfer, generator.ready.control_ports
+            work = keep_registered(
+                routers,
+                host,
+                port,
+                metrics_port,
+                lambda: state.health() is None,
+                role=transfer.role,
+                tp_size=config.parallel.tensor,
+                connector_port=ports[0] if ports else None,
+                transfer_protocol=transfer.protocols if ports else (),
+                rdma_ports=transfer.rank_ports,
+            )
             registration.append(asyncio.create_task(work))
 
     apps = [create_app(state)] + [create_metrics_app(state) for _ in sockets[1:]]

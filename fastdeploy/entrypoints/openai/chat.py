@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastdeploy.entrypoints.openai.events import ChunkForm
 from fastdeploy.entrypoints.openai.job import Job
 from fastdeploy.entrypoints.openai.logprobs import chat_logprobs
+from fastdeploy.entrypoints.openai.pairing import pairing_of
 from fastdeploy.entrypoints.openai.prompts import chat_prompt
 from fastdeploy.entrypoints.openai.responses import ChatChoice, ChatCompletion, ChatLogprobs, ChatMessage
 from fastdeploy.entrypoints.openai.sampling import chat_params, check_model, check_n_answers, refuse_unsupported
@@ -48,6 +49,7 @@ async def accept(
         params=[params],
         stream=bool(request.stream),
         return_token_ids=bool(request.return_token_ids),
+        pairing=pairing_of(request, state.config),
         tokens_per_chunk=request.max_streaming_response_tokens or 1,
     )
     job.set_stream_options(request.stream_options)

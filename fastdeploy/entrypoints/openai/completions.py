@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastdeploy.entrypoints.openai.events import ChunkForm
 from fastdeploy.entrypoints.openai.job import Job
 from fastdeploy.entrypoints.openai.logprobs import CompletionLogprobsWriter
+from fastdeploy.entrypoints.openai.pairing import pairing_of
 from fastdeploy.entrypoints.openai.prompts import completion_prompts
 from fastdeploy.entrypoints.openai.responses import Completion, CompletionChoice, CompletionLogprobs
 from fastdeploy.entrypoints.openai.sampling import check_model, check_n_answers, completion_params, refuse_unsupported
@@ -39,6 +40,7 @@ async def accept(
         params=[generator.check(prompt.ids, params) for prompt in prompts],
         stream=bool(request.stream),
         return_token_ids=bool(request.return_token_ids),
+        pairing=pairing_of(request, state.config),
         tokens_per_chunk=request.max_streaming_response_tokens or 1,
         prompt_only=request.max_tokens == 0,
     )

@@ -15,6 +15,7 @@ from fastdeploy.entrypoints.openai.schema import StreamOptions
 from fastdeploy.entrypoints.openai.state import LiveRequest
 from fastdeploy.errors import RequestError
 from fastdeploy.sampling_params import SamplingParams
+from fastdeploy.wire.messages import Pairing
 
 if TYPE_CHECKING:
     from fastdeploy.frontend.generation import ChoiceDelta, Generator
@@ -45,6 +46,7 @@ class Job:
     return_token_ids: bool = False
     tokens_per_chunk: int = 1
     prompt_only: bool = False  # the client wants the prompt's log-probabilities and no output
+    pairing: Pairing | None = None
     created_s: float = field(default_factory=time.time)
     n_completion_tokens: int = 0
     n_cached_tokens: int = 0
@@ -84,7 +86,7 @@ class Job:
         Raises `GenerationFailed` when the engine gives up one of the answers.
         """
         streams = [
-            generator.generate(engine_id, prompt.ids, params)
+            generator.generate(engine_id, prompt.ids, params, self.pairing)
             for engine_id, prompt, params in zip(live.engine_ids, self.prompts, self.params, strict=True)
         ]
         seen: set[int] = set()

@@ -24,6 +24,7 @@ MAX_TEMPLATE_CHARS = 65536
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -48,11 +49,23 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     continuous_usage_stats: bool | None = False
 
 
+class DisaggregateInfo(msgspec.Struct, kw_only=True):
+    """Which two servers compute the request; written by a router. What decides is who prefills and where it listens."""
+
+    prefill_ip: Annotated[str, Meta(min_length=1, max_length=255)]
+    prefill_connector_port: Port | str
+    decode_ip: str | None = None
+    decode_connector_port: int | str | None = None
+    decode_device_ids: list[int | str] | None = None
+    decode_rdma_ports: list[int | str] | None = None
+    transfer_protocol: str | list[str] | None = None
+    decode_tp_size: int | str | None = None
+
+
 class GenerationRequest(msgspec.Struct, kw_only=True):
     """Fields that chat and plain completions share."""
 
     UNSUPPORTED: ClassVar[tuple[str, ...]] = (
-        "disaggregate_info",
         "guided_json",
         "guided_regex",
         "guided_choice",
@@ -102,7 +115,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     guided_choice: Any = None
     guided_grammar: Any = None
     structural_tag: Any = None
-    disaggregate_info: Any = None
+    disaggregate_info: DisaggregateInfo | None = None
     mm_hashes: Any = None
     include_draft_logprobs: bool | None = None
     reasoning_max_tokens: int | None = None

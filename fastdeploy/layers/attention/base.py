@@ -60,6 +60,10 @@ class AttentionBackend(Protocol):
         """Page tensors, one per layer, in this backend's own layout."""
         ...
 
+    def view(self, pages_p2hTD: Tensor) -> Tensor:
+        """One layer's pages [n, 2 (keys, values), kv heads, page tokens, D], which others share, in its own layout."""
+        ...
+
     def page_bytes(self) -> int:
         """Bytes of one page over all layers."""
         ...

@@ -74,6 +74,9 @@ class TorchAttention:
         n_bytes = math.prod(size) * self.dtype.itemsize
         return [torch.from_numpy(np.zeros(n_bytes, np.uint8)).view(self.dtype).view(size) for _ in range(s.n_layers)]
 
+    def view(self, pages_p2hTD: Tensor) -> Tensor:
+        return pages_p2hTD.flatten(1, 2)
+
     def page_bytes(self) -> int:
         s = self.shape
         return s.n_layers * s.page_tokens * 2 * s.n_kv_heads * s.head_dim * self.dtype.itemsize

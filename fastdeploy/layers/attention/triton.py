@@ -56,6 +56,9 @@ class TritonAttention:
         size = (n_pages, 2, s.n_kv_heads, s.page_tokens, s.head_dim)
         return [torch.zeros(size, dtype=self.dtype, device=self.device) for _ in range(s.n_layers)]
 
+    def view(self, pages_p2hTD: Tensor) -> Tensor:
+        return pages_p2hTD
+
     def page_bytes(self) -> int:
         s = self.shape
         return s.n_layers * s.page_tokens * 2 * s.n_kv_heads * s.head_dim * self.dtype.itemsize

@@ -1,0 +1,31 @@
+"""`disaggregate_info` of a request: which other server computes it too."""
+
+from __future__ import annotations
+
+from fastdeploy.config.schema import EngineConfig
+from fastdeploy.entrypoints.openai.schema import GenerationRequest
+from fastdeploy.errors import InvalidRequest
+from fastdeploy.wire.messages import Pairing
+
+
+def pairing_of(request: GenerationRequest, config: EngineConfig) -> Pairing | None:
+    """What the engine is told; None for a request of this server alone. Raises InvalidRequest."""
+    info = request.disaggregate_info
+    if info is None:
+        return None
+    role = config.transfer.role
+    if role == "mixed":
+        raise InvalidRequest(
+            "disaggregate_info: this server is mixed; start it with --splitwise-role prefill or decode",
+            "disaggregate_info",
+        )
+    if request.request_id is None:
+        raise InvalidRequest(
+            "request_id is required with disaggregate_info: both servers know it by that", "request_id"
+        )
+    text = str(info.prefill_connector_port)
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise InvalidRequest(
+            f"disaggregate_info.prefill_connector_port {text!r}: must be in 1..65535", "disaggregate_info"
+        )
+    return Pairing(role, info.prefill_ip, int(text))
