@@ -233,7 +233,12 @@ def test_environment(model: str) -> None:
         ({"tensor_parallel_size": 0}, ["--tensor-parallel-size 0: must be at least 1"]),
         ({"data_parallel_size": 2, "local_data_parallel_id": 2}, ["--local-data-parallel-id 2: ", "0..1"]),
         ({"quantization": "wint4"}, ["--quantization wint4: not supported yet: "]),
-        ({"splitwise_role": "decode"}, ["--splitwise-role decode: not supported yet: ", "mixed"]),
+        ({"innode_prefill_ports": "1"}, ["--innode-prefill-ports", "decode"]),
+        ({"cache_transfer_protocol": "tcp"}, ["--cache-transfer-protocol", "ipc or rdma"]),
+        (
+            {"splitwise_role": "prefill", "pd_comm_port": "1,2", "rdma_comm_ports": "0"},
+            ["--rdma-comm-ports 0", "65535"],
+        ),
         ({"guided_decoding_backend": "xgrammar"}, ["--guided-decoding-backend xgrammar: not supported yet: "]),
         ({"speculative_config": {"method": "mtp"}}, ["--speculative-config: not supported yet: "]),
         ({"dynamic_load_weight": True}, ["--dynamic-load-weight: not supported yet: "]),
@@ -251,7 +256,7 @@ def test_one_contradiction_is_one_line(model: str, kwargs: dict[str, Any], parts
 
 def test_all_contradictions_are_reported_together(model: str) -> None:
     lines = problems(
-        model=model, max_num_seqs=0, max_logprobs=-5, splitwise_role="decode", max_model_len=9999, threads=0
+        model=model, max_num_seqs=0, max_logprobs=-5, cache_transfer_protocol="tcp", max_model_len=9999, threads=0
     )
     assert len(lines) == 5
 
@@ -288,6 +293,19 @@ def test_internal_ports_are_noted_as_not_needed(model: str, caplog: pytest.LogCa
     (line,) = [record.getMessage() for record in caplog.records]
     assert "--cache-queue-port 8003" in line
     assert "not needed" in line
+
+
+def test_ports_of_a_prefill_server(model: str) -> None:
+    sizes: dict[str, Any] = {"model": model, "data_parallel_size": 4, "splitwise_role": "prefill"}
+    eight = ",".join(str(7671 + i) for i in range(8))
+    transfer = resolved(
+        **sizes, pd_comm_port="2334", cache_queue_port="8183", rdma_comm_ports=eight, engine_worker_queue_port=eight
+    ).transfer
+    assert transfer.role == "prefill"
+    assert transfer.control_ports == (2334, 2335, 2336, 2337)
+    assert transfer.rank_ports == (7671, 7672, 7673, 7674)
+    (line,) = problems(**sizes, pd_comm_port="1,2,3")
+    assert "3 ports given, 4 expected" in line
 
 
 def test_model_is_required() -> None:
