@@ -49,6 +49,7 @@ def check_flags(args: EngineArgs, problems: list[str]) -> None:
         ("--tensor-parallel-size above 1", args.tensor_parallel_size > 1),
         ("--quantization", args.quantization is not None),
         ("--device cuda", args.device == "cuda"),
+        (f"--splitwise-role {args.splitwise_role}", args.splitwise_role != "mixed"),
     ):
         if given:
             problems.append(f"{flag}: a synthetic server computes nothing; leave it out")

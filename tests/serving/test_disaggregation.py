@@ -71,6 +71,26 @@ def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair
         yield Pair(prefill, decode)
 
 
+def test_ranks_that_share_experts(model: Path, mixed: Server, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Two ranks on each side: the request may be on any core of the prefill server."""
+    folder = tmp_path_factory.mktemp("ranks")
+    env = {"FD_GROUP_SECRET": "only these two"}
+    flags = (*FLAGS, "--data-parallel-size", "2", "--enable-expert-parallel")
+    with (
+        serving(model, folder / "prefill", *flags, "--splitwise-role", "prefill", env=env) as prefill,
+        serving(model, folder / "decode", *flags, "--splitwise-role", "decode", env=env) as decode,
+    ):
+        pair = Pair(prefill, decode)
+        wanted: dict[str, Any] = {"max_tokens": 10, "return_token_ids": True, "temperature": 0.8, "seed": 5}
+        with ThreadPoolExecutor(len(PROMPTS)) as pool:
+            found = list(pool.map(lambda prompt: choices(pair.complete(prompt=prompt, **wanted)), PROMPTS))
+        for prompt, answer in zip(PROMPTS, found, strict=True):
+            expected = choices(mixed.complete(prompt=prompt, **wanted))
+            assert answer[0]["completion_token_ids"] == expected[0]["completion_token_ids"]
+        wait_for(lambda: decode.metric("pd_pulled_requests_total") == len(PROMPTS), what="all prompts pulled")
+        pair.check_nothing_lent()
+
+
 def choices(answer: httpx.Response) -> Any:
     return answer.json()["choices"]
 
@@ -102,3 +122,15 @@ def test_the_same_as_a_mixed_server(mixed: Server, pair: Pair, body: dict[str, A
     text = httpx.get(f"{pair.decode.url}/metrics", timeout=PATIENCE_S).text
     assert "fastdeploy:pd_fallbacks_total{" not in text, text
     pair.check_nothing_lent()
+
+
+def test_a_dead_prefill_server_costs_time_and_no_answer(mixed: Server, pair: Pair) -> None:
+    """Last of this file: the prefill server is killed."""
+    pair.prefill.kill()
+    info = {"prefill_ip": "127.0.0.1", "prefill_connector_port": pair.port}
+    wanted: dict[str, Any] = {"prompt": PROMPTS[4], "max_tokens": 8, "return_token_ids": True}
+    found = pair.decode.complete(**wanted, request_id="alone", disaggregate_info=info)
+    assert choices(found)[0]["completion_token_ids"] == choices(mixed.complete(**wanted))[0]["completion_token_ids"]
+    wait_for(lambda: pair.decode.metric("gpu_cache_usage_perc") == 0, what="pages given back")
+    text = httpx.get(f"{pair.decode.url}/metrics", timeout=PATIENCE_S).text
+    assert 'fastdeploy:pd_fallbacks_total{reason="no_answer"} 1.0' in text, text
