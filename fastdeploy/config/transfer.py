@@ -44,18 +44,26 @@ def resolve_transfer(args: EngineArgs, environ: Mapping[str, str], problems: lis
         )
     try:
         protocols = parse_protocols(args.cache_transfer_protocol)
-        host = args.ips[host_index(args.ips, environ)] if args.ips else environ.get("FD_HOST_IP", "").strip()
     except ConfigError as error:
         problems.append(str(error))
         return TransferConfig()
     return TransferConfig(
         role=args.splitwise_role,
         protocols=protocols,
-        host=host or LOOPBACK,
+        host=_host(args, environ) or LOOPBACK,
         control_ports=ports["pd_comm_port"] if paired else (),
         rank_ports=ports["rdma_comm_ports"] if paired else (),
         wait_limit_s=_wait_limit_s(environ, problems),
     )
+
+
+def _host(args: EngineArgs, environ: Mapping[str, str]) -> str:
+    if not args.ips:
+        return environ.get("FD_HOST_IP", "").strip()
+    try:
+        return args.ips[host_index(args.ips, environ)]
+    except ConfigError:
+        return ""  # `resolve_parallel` says what is wrong
 
 
 def _ports(

@@ -36,7 +36,7 @@ from fastdeploy.frontend.generation import ChoiceDelta
 from fastdeploy.frontend.tokenizer import Tokenizer
 from fastdeploy.observability.metrics import Metrics
 from fastdeploy.sampling_params import SamplingParams
-from fastdeploy.wire.messages import RequestTimes, TokenLogprobs
+from fastdeploy.wire.messages import Pairing, RequestTimes, TokenLogprobs
 
 BOS, EOS = 256, 257
 VOCAB_SIZE = 258
@@ -150,7 +150,7 @@ class FakeGenerator:
         return params.resolved({}, room)
 
     async def generate(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams
+        self, request_id: str, prompt_ids: list[int], params: SamplingParams, pairing: Pairing | None = None
     ) -> AsyncGenerator[list[ChoiceDelta], None]:
         self.submitted.append((request_id, prompt_ids, params))
         stop = self._alive[request_id] = asyncio.Event()
