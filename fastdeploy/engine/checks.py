@@ -27,11 +27,12 @@ def check_limits(config: EngineConfig) -> int:
 
 def check_prompt(submit: Submit, config: EngineConfig, n_pages: int) -> None:
     """Raises InvalidRequest or ContextTooLong when the prompt can never be computed."""
-    n_prompt, n_room = len(submit.prompt_ids), n_pages * config.cache.page_tokens
+    ids = submit.prompt_ids + submit.output_ids  # what was generated before counts like prompt
+    n_prompt, n_room = len(ids), n_pages * config.cache.page_tokens
     max_model_len, vocab_size = config.model.max_model_len, config.model.shape.vocab_size
-    if not n_prompt:
+    if not submit.prompt_ids:
         raise InvalidRequest("prompt must have at least one token", "prompt")
-    if min(submit.prompt_ids) < 0 or max(submit.prompt_ids) >= vocab_size:
+    if min(ids) < 0 or max(ids) >= vocab_size:
         raise InvalidRequest(f"prompt: token ids must be in [0, {vocab_size - 1}]", "prompt")
     if n_prompt >= max_model_len:
         raise ContextTooLong(

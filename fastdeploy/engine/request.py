@@ -71,8 +71,8 @@ class Request:
         self.params = params
         self.pairing = submit.pairing  # None as well once it is known that all of it is computed here
         self.arrival = arrival
-        self.token_ids = list(submit.prompt_ids)  # prompt, then output known so far
-        self.n_prompt = len(self.token_ids)
+        self.token_ids = submit.prompt_ids + submit.output_ids  # prompt, then output known so far
+        self.n_prompt = len(submit.prompt_ids)
         self.n_limit = n_limit
         self.stop_ids = frozenset(() if params.ignore_eos else eos_token_ids) | frozenset(params.stop_token_ids or ())
         self.n_stop_from = self.n_prompt + params.min_tokens  # with fewer tokens a stop token does not end it
@@ -80,7 +80,7 @@ class Request:
         self.page_tokens = page_tokens
         self.alive = True
 
-        self.n_target = self.n_prompt
+        self.n_target = len(self.token_ids)
         self.n_planned = 0  # positions computed by the steps planned in this residency, or found in the prefix cache
         self.n_computed = 0  # the same for committed steps; meaningless without a slot
         self.n_in_flight = 0  # tokens that planned steps sample, not committed yet

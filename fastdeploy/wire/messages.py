@@ -39,6 +39,8 @@ class Submit(_Message, frozen=True):
     params: SamplingParams  # resolved: no unset numbers
     arrival_s: float  # unix time
     pairing: Pairing | None = None  # None: all of it is computed here
+    output_ids: list[int] = []  # generated elsewhere before: the answer goes on behind them, as after a preemption
+    data_rank: int | None = None  # the only rank that may run it; None leaves the choice to the front end
 
 
 class Abort(_Message, frozen=True):
