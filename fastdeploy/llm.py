@@ -18,6 +18,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from fastdeploy.config.admission import resolve_admission
 from fastdeploy.config.args import EngineArgs
 from fastdeploy.config.resolve import resolve
 from fastdeploy.errors import EngineUnavailable, InvalidRequest, RequestError
@@ -76,6 +77,7 @@ class LLM:
             **kwargs,
         )
         self.config = resolve(args)
+        self._admission = resolve_admission(args)
         self._group = group_address(args)
         self.metrics = Metrics()
         self._request_numbers = itertools.count()
@@ -188,7 +190,9 @@ class LLM:
         return _collect(updates, running, len(jobs), use_tqdm)
 
     async def _start(self, report: StartupReport) -> Generator:
-        running = running_generator(self.config, self.metrics, report.on_progress, group=self._group)
+        running = running_generator(
+            self.config, self.metrics, report.on_progress, group=self._group, admission=self._admission
+        )
         return await self._stack.enter_async_context(running)
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:

@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Literal
 
 _TEXT_ONLY = "this version takes and gives text only"
-_LOCAL = "use --scheduler-name local, one waiting room per server"
 
 # flag -> what to do instead
 NOT_YET: Mapping[str, str] = MappingProxyType(
@@ -50,21 +49,6 @@ NOT_YET: Mapping[str, str] = MappingProxyType(
         "enable_eplb": "leave it out: experts stay on the ranks they start on",
         "eplb_config": "leave it out: experts stay on the ranks they start on",
         # disaggregation and scheduling across servers
-        "scheduler_name": _LOCAL,
-        "scheduler_host": _LOCAL,
-        "scheduler_port": _LOCAL,
-        "scheduler_db": _LOCAL,
-        "scheduler_password": _LOCAL,
-        "scheduler_topic": _LOCAL,
-        "scheduler_min_load_score": _LOCAL,
-        "scheduler_load_shards_num": _LOCAL,
-        "scheduler_sync_period": _LOCAL,
-        "scheduler_expire_period": _LOCAL,
-        "scheduler_release_load_expire_period": _LOCAL,
-        "scheduler_reader_parallel": _LOCAL,
-        "scheduler_writer_parallel": _LOCAL,
-        "scheduler_reader_batch_size": _LOCAL,
-        "scheduler_writer_batch_size": _LOCAL,
     }
 )
 

@@ -140,6 +140,12 @@ def _bench(argv: Sequence[str]) -> int | None:
     return status
 
 
+def _redis(argv: Sequence[str]) -> int | None:
+    """Runs until it is interrupted."""
+    status: int | None = import_module("fastdeploy.admission.private_redis").main(argv)
+    return status
+
+
 def _check(argv: Sequence[str]) -> None:
     """What is installed and found; with --model, what an engine with these flags would be or need."""
     from fastdeploy.config.args import EngineArgs
@@ -230,6 +236,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "serve-demo": Command("start a server with that model on port 8180, until Ctrl-C", _serve_demo),
         "demo-model": Command("build a small model to try things with, print its folder", _demo_model),
         "bench": Command("measure an engine or a running server: throughput, latency, serve", _bench),
+        "redis": Command("run a private Redis for --scheduler-name splitwise or global, until Ctrl-C", _redis),
         "check": Command(
             "show what is installed; with --model, the configuration; with --plan, the memory of each rank", _check
         ),

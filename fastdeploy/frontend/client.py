@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastdeploy import errors
 from fastdeploy.config.schema import EngineConfig
@@ -84,6 +84,16 @@ class EngineProcess:
         self.child.stop(0.0)
 
 
+class Sink(Protocol):
+    """What takes the deltas of a request."""
+
+    def put(self, delta: TokenDelta) -> None:
+        """Called for each delta, on the event loop."""
+
+    def fail(self, error: FastDeployError) -> None:
+        """No more deltas will come."""
+
+
 class Inbox:
     """Where the deltas of one or more engine requests gather until their reader takes them."""
 
@@ -123,7 +133,7 @@ class EngineClient:
         engine: EngineProcess,
         stall_limit_s: float,
         on_status: Callable[[Status], None],
-        on_withdrawn: Callable[[list[tuple[Submit, Inbox]]], None],
+        on_withdrawn: Callable[[list[tuple[Submit, Sink]]], None],
     ) -> None:
         self.load = RankLoad()
         self._engine = engine
@@ -131,7 +141,7 @@ class EngineClient:
         self._on_status = on_status
         self._on_withdrawn = on_withdrawn
         self._channel = FrontEndChannel(engine.endpoint, engine.public_key)
-        self._inboxes: dict[str, Inbox] = {}
+        self._inboxes: dict[str, Sink] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._sends: set[asyncio.Task[None]] = set()
         self._death: asyncio.Future[EngineError] = asyncio.get_running_loop().create_future()
@@ -157,7 +167,7 @@ class EngineClient:
         self._serving = True
         return ready.result()
 
-    def submit(self, request: Submit, inbox: Inbox) -> None:
+    def submit(self, request: Submit, inbox: Sink) -> None:
         """Send a request whose deltas go to `inbox`. Raises EngineUnavailable when the engine is gone."""
         self._check_alive()
         self._inboxes[request.request_id] = inbox

@@ -11,8 +11,8 @@ from functools import partial
 
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.errors import EngineError, EngineUnavailable
-from fastdeploy.frontend.client import Inbox
-from fastdeploy.frontend.ledger import balance_ratio, least_loaded
+from fastdeploy.frontend.client import Sink
+from fastdeploy.frontend.ledger import RankLoad, balance_ratio, least_loaded
 from fastdeploy.frontend.replica import Replica
 from fastdeploy.wire.messages import GroupAddress, LoadProgress, Ready, Status, Submit, TokenDelta
 
@@ -32,10 +32,13 @@ class Coordinator:
         on_status: Callable[[dict[int, Status]], None],
         *,
         restart: bool,
+        pinned: bool = False,
     ) -> None:
+        """With `pinned` a queued request stays with the rank it was given to."""
         self._limits = config.scheduler
         self._shares_experts = group is not None
         self._on_status = on_status
+        self._pinned = pinned
         self._status: dict[int, Status] = {}
         self._home: dict[str, Replica] = {}  # of each request that is alive
         self._n_cache_tokens = 1
@@ -85,8 +88,11 @@ class Coordinator:
                 replica.introduce(ports)
         return ports
 
-    def submit(self, requests: Iterable[Submit], inbox: Inbox) -> None:
-        """Send each request to the rank with the least to do. Raises EngineUnavailable when none serves."""
+    def submit(self, requests: Iterable[Submit], inbox: Sink) -> None:
+        """Send each request to the rank that it names, or to the one with the least to do.
+
+        Raises EngineUnavailable when none serves.
+        """
         for request in requests:
             replica = self._choose(request)
             replica.submit(request, inbox)
@@ -112,6 +118,10 @@ class Coordinator:
             return next((wrong for wrong in wrongs if wrong is not None), None)
         return wrongs[0] if all(wrong is not None for wrong in wrongs) else None
 
+    def note(self) -> dict[str, str]:
+        """Nothing besides `health`."""
+        return {}
+
     def balance_ratio(self) -> float:
         """Mean over largest load of the ranks, in tokens."""
         return balance_ratio([replica.load for replica in self.replicas])
@@ -130,10 +140,18 @@ class Coordinator:
         """Stop all engines; requests that still run fail."""
         await asyncio.gather(*(replica.close() for replica in self.replicas))
 
+    def loads(self) -> dict[int, RankLoad]:
+        """What each data-parallel rank that serves has to do."""
+        return {r.config.parallel.data_rank: r.load for r in self.replicas if r.serving}
+
     def _choose(self, request: Submit) -> Replica:
-        serving = [replica for replica in self.replicas if replica.serving]
+        data_rank = request.data_rank
+        may_run = [r for r in self.replicas if data_rank in (None, r.config.parallel.data_rank)]
+        serving = [replica for replica in may_run if replica.serving]
+        if not may_run:
+            raise EngineUnavailable(f"data-parallel rank {data_rank} is not behind this server")
         if not serving:
-            raise EngineUnavailable(f"the engine stopped: {self.replicas[0].health()}")
+            raise EngineUnavailable(f"the engine stopped: {may_run[0].health()}")
         if len(serving) == 1:
             return serving[0]
         limits = self._limits
@@ -143,7 +161,7 @@ class Coordinator:
 
     def _take_status(self, data_rank: int, status: Status) -> None:
         self._status[data_rank] = status
-        if len(self.replicas) > 1:
+        if len(self.replicas) > 1 and not self._pinned:
             self._even_out()
         self._on_status(self._status)
 
@@ -161,7 +179,7 @@ class Coordinator:
                 replica.withdraw(n_moved)
                 room -= n_moved
 
-    def _place_again(self, requests: list[tuple[Submit, Inbox]]) -> None:
+    def _place_again(self, requests: list[tuple[Submit, Sink]]) -> None:
         """Requests that a rank gave back go to whichever now has the least to do."""
         for request, inbox in requests:
             try:

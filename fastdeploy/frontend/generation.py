@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import msgspec
 
 from fastdeploy import errors
+from fastdeploy.admission.base import WaitingRoom
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.errors import ContextTooLong, EngineError, EngineUnavailable, InvalidRequest, RequestError
 from fastdeploy.frontend.client import Inbox
-from fastdeploy.frontend.coordinator import Coordinator
 from fastdeploy.frontend.detokenizer import IncrementalDetokenizer
 from fastdeploy.frontend.params import checked_params
 from fastdeploy.frontend.tokenizer import Tokenizer
@@ -44,13 +44,21 @@ class Generator:
     """All requests of one front end."""
 
     def __init__(
-        self, config: EngineConfig, tokenizer: Tokenizer, metrics: Metrics, engine: Coordinator, ready: Ready
+        self,
+        config: EngineConfig,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        engine: WaitingRoom,
+        ready: Ready,
+        dp_ranks: tuple[int, ...] = (),
     ) -> None:
+        """`dp_ranks`: data-parallel ranks that a request may name; none unless --scheduler-name is dp."""
         self.config = config
         self.tokenizer = tokenizer
         self.metrics = metrics
         self.ready = ready
         self._engine = engine
+        self._dp_ranks = dp_ranks
         self._alive: dict[str, list[str]] = {}  # request id -> engine ids of its answers
 
     def check(self, prompt_ids: list[int], params: SamplingParams) -> SamplingParams:
@@ -68,7 +76,12 @@ class Generator:
         return params.resolved(model.sampling_defaults, limit - n_prompt)
 
     async def generate(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams, pairing: Pairing | None = None
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        pairing: Pairing | None = None,
+        dp_rank: int | None = None,
     ) -> AsyncGenerator[list[ChoiceDelta], None]:
         """The answers of one request, of `params` from `check`; each item is what came since the last.
 
@@ -82,7 +95,7 @@ class Generator:
         inbox = Inbox()
         self.metrics.request_received()
         try:
-            self._engine.submit(_submits(answers, prompt_ids, params, pairing), inbox)
+            self._engine.submit(_submits(answers, prompt_ids, params, pairing, dp_rank), inbox)
             for _ in answers:
                 self.metrics.request_started()
             running = len(answers)
@@ -109,6 +122,18 @@ class Generator:
     def alive_requests(self) -> list[str]:
         """Ids of all requests that have not ended."""
         return list(self._alive)
+
+    def check_dp_rank(self, dp_rank: int | None) -> None:
+        """Raises InvalidRequest when a request may not name this data-parallel rank."""
+        if dp_rank is None or dp_rank in self._dp_ranks:
+            return
+        if not self._dp_ranks:
+            raise InvalidRequest("dp_rank needs a server with --scheduler-name dp", "dp_rank")
+        raise InvalidRequest(f"dp_rank must be one of {list(self._dp_ranks)}, got {dp_rank}", "dp_rank")
+
+    def note(self) -> dict[str, str]:
+        """What /health tells besides; empty when there is nothing to tell."""
+        return self._engine.note()
 
     def health(self) -> str | None:
         """None while the engine is well, else what is wrong."""
@@ -210,7 +235,11 @@ class _Answer:
 
 
 def _submits(
-    answers: Iterable[str], prompt_ids: list[int], params: SamplingParams, pairing: Pairing | None
+    answers: Iterable[str],
+    prompt_ids: list[int],
+    params: SamplingParams,
+    pairing: Pairing | None,
+    dp_rank: int | None,
 ) -> list[Submit]:
     """One engine request per answer; answer i draws with seed + i."""
     now_s, seed = time.time(), params.seed or 0
@@ -221,6 +250,7 @@ def _submits(
             msgspec.structs.replace(params, n=1, best_of=None, seed=(seed + i) % (MAX_SEED + 1)),
             now_s,
             pairing,
+            data_rank=dp_rank,
         )
         for i, engine_id in enumerate(answers)
     ]

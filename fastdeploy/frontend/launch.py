@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
+from fastdeploy.admission.open import admission as opened
+from fastdeploy.config.admission import AdmissionConfig
 from fastdeploy.config.schema import EngineConfig, ModelConfig
 from fastdeploy.errors import ConfigError
 from fastdeploy.frontend.coordinator import Coordinator
@@ -28,11 +30,12 @@ async def running_generator(
     *,
     group: GroupAddress | None = None,
     restart: bool = False,
+    admission: AdmissionConfig | None = None,
 ) -> AsyncGenerator[Generator, None]:
     """A generator whose engine is up, until the end of the block. Raises the FastDeployError it failed with.
 
     `group` is where the engine cores of other servers are met; without it, those of this one meet by themselves. With
-    `restart` an engine that dies later is replaced.
+    `restart` an engine that dies later is replaced. `admission` says where requests wait; None is in this server.
     """
     tokenizer = await asyncio.to_thread(tokenizer_of, config.model)
     config = with_tokenizer_stops(config, tokenizer)
@@ -52,13 +55,20 @@ async def running_generator(
         metrics.update_ranks(statuses, coordinator.balance_ratio())
         on_status(whole)
 
-    coordinator = Coordinator(config, group, take_status, restart=restart)
-    try:
+    admission = admission or AdmissionConfig()
+    async with AsyncExitStack() as stack:
+        # Before the engines, for which a model is loaded: a Redis that is not there shows at once.
+        coordinator = Coordinator(config, group, take_status, restart=restart, pinned=admission.name == "dp")
+        stack.push_async_callback(coordinator.close)
+        make_room = await stack.enter_async_context(opened(admission, config, metrics.registry))
         ready = await coordinator.start(on_progress)
         metrics.configure(config, ready.n_pages)
-        yield Generator(config, tokenizer, metrics, coordinator, ready)
-    finally:
-        await coordinator.close()
+        yield Generator(config, tokenizer, metrics, make_room(coordinator), ready, dp_ranks=dp_ranks(admission, config))
+
+
+def dp_ranks(admission: AdmissionConfig, config: EngineConfig) -> tuple[int, ...]:
+    """The data-parallel ranks that a request may name."""
+    return config.parallel.serves if admission.name == "dp" else ()
 
 
 def tokenizer_of(model: ModelConfig) -> Tokenizer:

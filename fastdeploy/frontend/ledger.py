@@ -19,6 +19,8 @@ class RankLoad:
         self.n_waiting_tokens = 0  # prompt tokens of those that have none
         self.n_running_tokens = 0
         self.n_output_tokens_left = 0
+        self.n_prompt_tokens = 0  # of all that have not ended
+        self._n_prompt: dict[str, int] = {}
 
     @property
     def n_requests(self) -> int:
@@ -37,6 +39,8 @@ class RankLoad:
         n_left = expected_output(submit)
         self._n_left[submit.request_id] = n_left
         self.n_output_tokens_left += n_left
+        self._n_prompt[submit.request_id] = len(submit.prompt_ids)
+        self.n_prompt_tokens += len(submit.prompt_ids)
 
     def take(self, delta: TokenDelta) -> None:
         """The core answered something."""
@@ -61,6 +65,7 @@ class RankLoad:
     def drop(self, request_id: str) -> Submit | None:
         """A request ended or is forgotten; returns it when it had no token yet."""
         self.n_output_tokens_left -= self._n_left.pop(request_id, 0)
+        self.n_prompt_tokens -= self._n_prompt.pop(request_id, 0)
         if (submit := self._waiting.pop(request_id, None)) is not None:
             self.n_waiting_tokens -= len(submit.prompt_ids)
             return submit

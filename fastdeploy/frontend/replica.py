@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.errors import EngineError, EngineStartError, EngineUnavailable, FastDeployError
-from fastdeploy.frontend.client import EngineClient, EngineProcess, Inbox
+from fastdeploy.frontend.client import EngineClient, EngineProcess, Sink
 from fastdeploy.frontend.ledger import RankLoad
 from fastdeploy.wire.messages import GroupAddress, LoadProgress, Ready, Status, Submit
 
@@ -32,7 +32,7 @@ class Replica:
         config: EngineConfig,
         group: GroupAddress | None,
         on_status: Callable[[Status], None],
-        on_withdrawn: Callable[[list[tuple[Submit, Inbox]]], None],
+        on_withdrawn: Callable[[list[tuple[Submit, Sink]]], None],
         *,
         restart: bool,
     ) -> None:
@@ -64,7 +64,7 @@ class Replica:
         self._keeper = asyncio.create_task(self._keep(), name=f"replica {self.config.parallel.data_rank}")
         return ready
 
-    def submit(self, request: Submit, inbox: Inbox) -> None:
+    def submit(self, request: Submit, inbox: Sink) -> None:
         """Send a request whose deltas go to `inbox`. Raises EngineUnavailable when there is no engine."""
         if self._down is not None or self._client is None:
             raise EngineUnavailable(f"the engine stopped: {self._down}")

@@ -5,6 +5,7 @@
 | fastdeploy.log | everything, from every process |
 | api_server.log | what the front end logs: start arguments, requests |
 | multi_api_server.log | what the supervisor of several servers logs |
+| scheduler.log | what a waiting room shared through Redis logs |
 | router.log | what fd-router logs |
 | console.log | start-up and status lines, as on the console |
 | workerlog.<n> | what rank n logs |
@@ -31,6 +32,8 @@ from fastdeploy.errors import ConfigError
 ROOT = "fastdeploy"
 CONSOLE = "fastdeploy.console"  # logger of what belongs in console.log
 CONSOLE_FILE = "console.log"
+SCHEDULER_FILE = "scheduler.log"
+_ONE_LOGGER = {CONSOLE_FILE: CONSOLE, SCHEDULER_FILE: "fastdeploy.scheduler"}  # files of one logger each
 DEFAULT_DAYS_KEPT = 7
 # Roots of process trees: their console is what people watch.
 PARENTS = ("api_server", "multi_api_server", "router")
@@ -188,8 +191,8 @@ def setup_logging(
             handler = DailyFileHandler(folder, name, days_kept)
             handlers.append(handler)
             handler.setFormatter(_FileFormatter(process_name))
-            if name == CONSOLE_FILE:
-                handler.addFilter(logging.Filter(CONSOLE))
+            if name in _ONE_LOGGER:
+                handler.addFilter(logging.Filter(_ONE_LOGGER[name]))
     except OSError as exc:
         for opened in handlers:
             opened.close()
@@ -220,6 +223,8 @@ def close_logging() -> None:
 
 
 def _file_names(process_name: str) -> tuple[str, ...]:
+    if process_name == "api_server":
+        return ("fastdeploy.log", "api_server.log", SCHEDULER_FILE)
     if process_name in PARENTS:
         return ("fastdeploy.log", f"{process_name}.log")
     if process_name.startswith("rank") and process_name[4:].isdecimal():

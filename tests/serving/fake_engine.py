@@ -29,7 +29,7 @@ from fastdeploy.config.schema import (
 )
 from fastdeploy.entrypoints.openai.app import create_app
 from fastdeploy.entrypoints.openai.state import ServerState, Slots
-from fastdeploy.errors import ContextTooLong, EngineDeadError, EngineUnavailable
+from fastdeploy.errors import ContextTooLong, EngineDeadError, EngineUnavailable, InvalidRequest
 from fastdeploy.frontend.chat_template import ChatTemplate
 from fastdeploy.frontend.detokenizer import TextRule
 from fastdeploy.frontend.generation import ChoiceDelta
@@ -149,8 +149,20 @@ class FakeGenerator:
             raise ContextTooLong(f"the prompt has {len(prompt_ids)} tokens; the limit is {MAX_MODEL_LEN}", "prompt")
         return params.resolved({}, room)
 
+    def check_dp_rank(self, dp_rank: int | None) -> None:
+        if dp_rank is not None:
+            raise InvalidRequest("dp_rank needs a server with --scheduler-name dp", "dp_rank")
+
+    def note(self) -> dict[str, str]:
+        return {}
+
     async def generate(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams, pairing: Pairing | None = None
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        pairing: Pairing | None = None,
+        dp_rank: int | None = None,
     ) -> AsyncGenerator[list[ChoiceDelta], None]:
         self.submitted.append((request_id, prompt_ids, params))
         stop = self._alive[request_id] = asyncio.Event()

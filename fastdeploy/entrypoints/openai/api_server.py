@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
+from fastdeploy.config.admission import resolve_admission
 from fastdeploy.config.args import EngineArgs, ServerArgs
 from fastdeploy.config.flags import build_parser
 from fastdeploy.config.resolve import log_dir, resolve_all, resolve_server
@@ -96,6 +97,7 @@ async def _serve(
     routers = router_addresses(engine.router) if engine.router else ()
     registration: list[asyncio.Task[None]] = []
     state = make_state(server, engine, config, environ)
+    admission = resolve_admission(engine)
     report, throughput = StartupReport(), Throughput()
     console = logging.getLogger(CONSOLE)
 
@@ -116,7 +118,7 @@ async def _serve(
             state.chat_template = ChatTemplate(tokenizer, engine.chat_template)
         restart = server.restart == "on-failure" or (server.restart == "auto" and config.parallel.data > 1)
         async with running_generator(
-            config, state.metrics, on_progress, on_status, group=group, restart=restart
+            config, state.metrics, on_progress, on_status, group=group, restart=restart, admission=admission
         ) as generator:
             state.chat_template = state.chat_template or ChatTemplate(generator.tokenizer)
             yield generator

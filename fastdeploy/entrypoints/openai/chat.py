@@ -28,6 +28,7 @@ async def accept(
     """Checks a chat request and turns it into a job. Raises `RequestError`."""
     check_model(request.model, state.config, state.verify_model)
     refuse_unsupported(request)
+    generator.check_dp_rank(request.dp_rank)
     if request.tools and request.tool_choice != "none":
         raise InvalidRequest(
             "tools is not supported yet: tool calls cannot be read out of the answer; leave it out "
@@ -47,6 +48,7 @@ async def accept(
         model=state.config.model.served_name,
         prompts=[prompt],
         params=[params],
+        dp_rank=request.dp_rank,
         stream=bool(request.stream),
         return_token_ids=bool(request.return_token_ids),
         pairing=pairing_of(request, state.config),

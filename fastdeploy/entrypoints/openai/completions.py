@@ -28,6 +28,7 @@ async def accept(
     """Checks a completions request and turns it into a job. Raises `RequestError`."""
     check_model(request.model, state.config, state.verify_model)
     refuse_unsupported(request)
+    generator.check_dp_rank(request.dp_rank)
     if isinstance(request.suffix, str) and request.suffix:
         raise InvalidRequest("suffix (text after the completion) is not supported; leave it out", "suffix")
     params = completion_params(request, state.config, generator.tokenizer)
@@ -38,6 +39,7 @@ async def accept(
         model=state.config.model.served_name,
         prompts=prompts,
         params=[generator.check(prompt.ids, params) for prompt in prompts],
+        dp_rank=request.dp_rank,
         stream=bool(request.stream),
         return_token_ids=bool(request.return_token_ids),
         pairing=pairing_of(request, state.config),

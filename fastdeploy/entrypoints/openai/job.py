@@ -40,6 +40,7 @@ class Job:
     model: str
     prompts: list[Prompt]
     params: list[SamplingParams]  # one per prompt: what is left of the context may differ
+    dp_rank: int | None = None
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -86,7 +87,7 @@ class Job:
         Raises `GenerationFailed` when the engine gives up one of the answers.
         """
         streams = [
-            generator.generate(engine_id, prompt.ids, params, self.pairing)
+            generator.generate(engine_id, prompt.ids, params, self.pairing, self.dp_rank)
             for engine_id, prompt, params in zip(live.engine_ids, self.prompts, self.params, strict=True)
         ]
         seen: set[int] = set()

@@ -100,6 +100,9 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     logits_processors_args: dict[str, Any] | None = None
     temp_scaled_logprobs: bool | None = None
     top_p_normalized_logprobs: bool | None = None
+    dp_rank: (
+        Annotated[int, Meta(ge=0, description="Data-parallel rank to run on, with --scheduler-name dp.")] | None
+    ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_streaming_response_tokens: (

@@ -48,7 +48,7 @@ async def _body(request: Request, kind: type[StructT]) -> StructT:
 
 
 async def health(state: ServerState, request: Request) -> Response:
-    """200 with an empty body while requests are served, else 503 with the reason as JSON.
+    """200 while requests are served, else 503 with the reason as JSON. The body of 200 is empty, or tells of Redis.
 
     The original answers 404 or 304 when it is not well; balancers and Kubernetes understand 503, so that is used.
     Raises `EngineUnavailable`.
@@ -56,7 +56,8 @@ async def health(state: ServerState, request: Request) -> Response:
     reason = state.health()
     if reason is not None:
         raise EngineUnavailable(reason)
-    return Response()
+    note = {} if state.generator is None else state.generator.note()
+    return JSONResponse({"status": "ok", **note}) if note else Response()
 
 
 async def version(state: ServerState, request: Request) -> Response:
