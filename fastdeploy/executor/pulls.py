@@ -9,8 +9,8 @@ from collections.abc import Callable
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.errors import ConfigError, TransferError, TransferUnavailable
 from fastdeploy.transfer.base import Endpoint, Pull, Transport, make_transport
-from fastdeploy.transfer.choose import choose, offered_names
-from fastdeploy.transfer.machine import machine_id, rdma_devices
+from fastdeploy.transfer.choose import choose, nixl_usable, offered_names
+from fastdeploy.transfer.machine import machine_id
 from fastdeploy.transfer.memory import PageMemory
 from fastdeploy.wire.messages import CancelPull, ForgetPulls, PullEnded, PullPages, TransferCommand
 
@@ -35,7 +35,8 @@ class Pulls:
         n_local = config.parallel.n_ranks // len(config.parallel.hosts)
         port = transfer.rank_ports[number % n_local] if transfer.rank_ports else 0
         problems = []
-        for name in offered_names(transfer.protocols, device, bool(rdma_devices())):
+        has_nixl = "rdma" in transfer.protocols and nixl_usable(device)
+        for name in offered_names(transfer.protocols, device, has_nixl):
             try:
                 self._transports[name] = make_transport(name, memory, owner, transfer.host, port)
             except (TransferUnavailable, ImportError) as error:
