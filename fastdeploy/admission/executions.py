@@ -9,6 +9,7 @@ from collections import OrderedDict
 from fastdeploy.admission.base import Engines
 from fastdeploy.admission.mail import Writers
 from fastdeploy.admission.messages import Cancel, Place, Result, attempt_id
+from fastdeploy.admission.pairs import pairing_of
 from fastdeploy.config.admission import AdmissionConfig
 from fastdeploy.errors import EngineUnavailable, FastDeployError, RequestError, RequestTimeout
 from fastdeploy.wire.messages import Submit, TokenDelta
@@ -51,6 +52,7 @@ class Executions:
             letter.prompt_token_ids,
             letter.sampling_params,
             letter.arrival_time,
+            pairing=pairing_of(letter.disaggregate_info, self._role),
             output_ids=letter.output_token_ids,
             data_rank=data_rank,
         )
@@ -76,10 +78,10 @@ class Executions:
         return found
 
     def send(self, execution: _Execution, delta: TokenDelta | None) -> None:
-        """Write a result. A prefill node only reports errors: the answer comes from the decode node."""
+        """Write a result. Nothing comes from a prefill node: decode answers, also when prefill failed."""
         if delta is not None and delta.finish_reason is not None:
             self.alive.pop(execution.engine_id, None)
-        if self._role == "prefill" and (delta is None or delta.finish_reason != "error"):
+        if self._role == "prefill":
             return
         result = Result(execution.request_id, execution.attempt, execution.n_sent, execution.node, delta)
         execution.n_sent += 1

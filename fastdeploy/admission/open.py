@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from prometheus_client import CollectorRegistry
@@ -12,7 +12,8 @@ from fastdeploy.admission.base import Engines, WaitingRoom
 from fastdeploy.config.admission import AdmissionConfig
 from fastdeploy.config.schema import EngineConfig
 
-Opener = Callable[[Engines], WaitingRoom]
+# Of the engines, and the ports at which their cores listen for those of other servers, if they do.
+Opener = Callable[[Engines, Sequence[int]], WaitingRoom]
 
 
 @asynccontextmanager
@@ -25,10 +26,11 @@ async def admission(
     Redis is needed and cannot be used.
     """
     if not config.uses_redis:
-        yield lambda engines: engines
+        yield lambda engines, _control_ports: engines
         return
     from fastdeploy.admission.link import RedisLink
     from fastdeploy.admission.metrics import AdmissionMetrics
+    from fastdeploy.admission.pairs import published
     from fastdeploy.admission.shared import SharedRoom
     from fastdeploy.admission.splitwise import SplitwisePlacement
     from fastdeploy.admission.stealing import WorkStealing
@@ -38,11 +40,12 @@ async def admission(
     await link.open()
     rooms: list[SharedRoom] = []
 
-    def make(engines: Engines) -> SharedRoom:
+    def make(engines: Engines, control_ports: Sequence[int]) -> SharedRoom:
         room = SharedRoom(config, engine, link, engines, metrics)
         rooms.append(room)
         if config.name == "splitwise":
-            room.open(SplitwisePlacement(room, engine.parallel.serves, socket.gethostname()))
+            ranks = engine.parallel.serves
+            room.open(SplitwisePlacement(room, ranks, socket.gethostname(), published(engine, ranks, control_ports)))
         else:
             room.open(WorkStealing(room, engine.scheduler.max_seqs * len(engine.parallel.serves)))
         return room

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from fastdeploy.admission.messages import Record
+from fastdeploy.admission.pairs import prefill_address
 
 
 class Cluster:
@@ -68,7 +69,7 @@ def band_tokens(n_prompt: int) -> int:
 
 
 def disaggregate_info(decode: Record, prefill: Record) -> dict[str, Any]:
-    """What both nodes of a pair are told: the decode node's record, with one transfer protocol."""
+    """What both nodes of a pair are told: the decode node's record with one transfer protocol, and where prefill is."""
     info = dict(decode.disaggregated or {})
     offered = info.get("transfer_protocol") or []
     offered = [offered] if isinstance(offered, str) else list(offered)
@@ -76,7 +77,7 @@ def disaggregate_info(decode: Record, prefill: Record) -> dict[str, Any]:
         info["transfer_protocol"] = "ipc" if decode.host == prefill.host else "rdma"
     elif offered:
         info["transfer_protocol"] = offered[0]
-    return info
+    return info | prefill_address(prefill)
 
 
 def decoded(raw: Mapping[bytes, bytes]) -> dict[str, Record]:

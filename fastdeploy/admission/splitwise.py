@@ -14,7 +14,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -37,8 +37,9 @@ class SplitwisePlacement:
     """The nodes of this server, and the placing of what it accepts."""
 
     def __init__(
-        self, room: SharedRoom, data_ranks: Iterable[int], host: str, disaggregated: dict[str, Any] | None = None
+        self, room: SharedRoom, data_ranks: Iterable[int], host: str, disaggregated: Mapping[int, dict[str, Any]]
     ) -> None:
+        """`disaggregated`: what each rank tells of itself to those that it is paired with; nothing if it is mixed."""
         self._room = room
         self._config = room.config
         name = uuid.uuid4().hex
@@ -129,6 +130,8 @@ class SplitwisePlacement:
             return False
         if len(chosen) == 1 and chosen[0] in self.nodes:
             return self._room.run_here(entry, self.nodes[chosen[0]])
+        if entry.output_ids:
+            chosen = chosen[:1]  # what was generated before belongs to no prompt that prefill could compute
         info = disaggregate_info(nodes[chosen[0]], nodes[chosen[1]]) if len(chosen) == 2 else None
         request = entry.request
         letter = encode_json(
@@ -160,7 +163,7 @@ class SplitwisePlacement:
         nodes = {} if link.down_s else self._cluster.schedulable(self._room.fingerprint, link.now_s())
         nodes = {n: r for n, r in nodes.items() if n not in self.nodes or n in own}
         for node, load in own.items():
-            nodes[node] = self._record(load)
+            nodes[node] = self._record(node, load)
         loads = {n: own.get(n, r.load) for n, r in nodes.items()}
         for entry in self._room.accepted.remote():
             for node in entry.nodes:
@@ -185,9 +188,9 @@ class SplitwisePlacement:
             if rank in loads
         }
 
-    def _record(self, load: int) -> Record:
-        now_s = self._room.link.now_s()
-        return Record(now_s, self._config.role, load, self._host, self._disaggregated, self._room.fingerprint)
+    def _record(self, node: str, load: int) -> Record:
+        now_s, disaggregated = self._room.link.now_s(), self._disaggregated.get(self.nodes[node])
+        return Record(now_s, self._config.role, load, self._host, disaggregated, self._room.fingerprint)
 
     async def _report(self) -> None:
         """Write loads when one has changed, at most every sync period, and as a sign of life four times an expiry."""
@@ -204,7 +207,8 @@ class SplitwisePlacement:
             await asyncio.sleep(self._config.sync_period_s)
 
     async def _write(self, loads: dict[str, int]) -> None:
-        client, records = self._room.link.client, {n: encode_json(self._record(load)) for n, load in loads.items()}
+        client = self._room.link.client
+        records = {node: encode_json(self._record(node, load)) for node, load in loads.items()}
         if records:
             await client.hset(self._table, mapping=records)
         absent = self.nodes.keys() - records.keys()

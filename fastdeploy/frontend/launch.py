@@ -63,7 +63,8 @@ async def running_generator(
         make_room = await stack.enter_async_context(opened(admission, config, metrics.registry))
         ready = await coordinator.start(on_progress)
         metrics.configure(config, ready.n_pages)
-        yield Generator(config, tokenizer, metrics, make_room(coordinator), ready, dp_ranks=dp_ranks(admission, config))
+        room = make_room(coordinator, ready.control_ports)
+        yield Generator(config, tokenizer, metrics, room, ready, dp_ranks=dp_ranks(admission, config))
 
 
 def dp_ranks(admission: AdmissionConfig, config: EngineConfig) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ def test_offline_over_two_ranks_and_a_continuation(
         async def rest(known: list[int], p: SamplingParams) -> list[int]:
             inbox, found = Inbox(), list(known)
             checked = llm._generator.check(prompts[0], p)
-            llm._generator._engine.submit([Submit("rest", prompts[0], checked, time.time(), known)], inbox)
+            llm._generator._engine.submit([Submit("rest", prompts[0], checked, time.time(), output_ids=known)], inbox)
             while True:
                 for delta in await inbox.take():
                     assert delta.finish_reason in (None, "length"), delta

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -138,7 +138,10 @@ class SimServer:
 
 @asynccontextmanager
 async def server(
-    redis: PrivateRedis, engines: SimEngines | None = None, disaggregated: Any = None, **settings: Any
+    redis: PrivateRedis,
+    engines: SimEngines | None = None,
+    disaggregated: Mapping[int, dict[str, Any]] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[SimServer]:
     """A server of the topic "test"; `settings` are fields of AdmissionConfig."""
 
@@ -159,7 +162,7 @@ async def server(
     await link.open()
     room = SharedRoom(config, make_config(), link, engines, metrics)
     if config.name == "splitwise":
-        room.open(SplitwisePlacement(room, (0,), "host", disaggregated))
+        room.open(SplitwisePlacement(room, (0,), "host", disaggregated or {}))
     else:
         room.open(WorkStealing(room, 2))
     try:

@@ -10,7 +10,9 @@ import pytest
 from shared_rooms import PATIENCE_S, Answer, SimEngines, SimServer, server, token
 
 from fastdeploy.admission.messages import Record, decode_letter, encode_json
+from fastdeploy.admission.pairs import pairing_of
 from fastdeploy.admission.private_redis import PrivateRedis
+from fastdeploy.wire.messages import Pairing
 
 pytestmark = pytest.mark.timeout(180)
 N_PROMPT, N_TOKENS = 10, 8
@@ -257,7 +259,8 @@ def test_a_pair_gets_decode_first_and_one_transport(redis: PrivateRedis) -> None
     """Simulated nodes: their queues are looked at, their answers written by hand."""
 
     async def run() -> None:
-        async with server(redis, role="prefill") as here:
+        own = {"role": "prefill", "cache_info": {"rdma": {"ip": "10.0.0.1", "port": 9}}}
+        async with server(redis, disaggregated={0: own}, role="prefill") as here:
             # The accepting server prefills; a decode node is only a record and a queue.
             room = here.room
             info = {"role": "decode", "transfer_protocol": ["ipc", "rdma"], "cache_info": {"rdma": {"port": 7}}}
@@ -270,7 +273,10 @@ def test_a_pair_gets_decode_first_and_one_transport(redis: PrivateRedis) -> None
             while not (letters := await room.link.client.lrange("ReqQ_d0", 0, -1)):
                 await asyncio.sleep(0.01)
             letter = decode_letter(letters[0])
-            assert letter.disaggregate_info == {**info, "transfer_protocol": "rdma"}
+            address = {"prefill_ip": "10.0.0.1", "prefill_connector_port": 9}
+            assert letter.disaggregate_info == {**info, "transfer_protocol": "rdma", **address}
+            assert pairing_of(letter.disaggregate_info, "decode") == Pairing("decode", "10.0.0.1", 9)
+            assert pairing_of(letter.disaggregate_info, "mixed") is None
             await until(lambda: here.engines.ran, "the prefill node's copy")
             assert room.accepted.entries["r"].output_ids == []  # its tokens are not the answer
 
