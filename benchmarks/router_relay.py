@@ -3,10 +3,11 @@
     python benchmarks/router_relay.py
 
 One client, one made-up server (uvloop and httptools, constant bytes) and the router, each one process. Rounds with and
-without the router take turns, and with nginx too where it is installed (one worker, buffering off, kept connections).
-Three loads, closed loop: one connection (latency), N connections with a small JSON answer, and N streams of 64 events
-written one by one. `cpu_us` is CPU time of the proxy's processes per request or event; 1e6 / cpu_us is what one core
-can do when nothing else runs on it. Prints JSON.
+without the router take turns, and with nginx and haproxy too where they are installed (one worker, buffering off, kept
+connections), and with sglang-router and vllm-router from the environment that --peer-programs names. Three loads,
+closed loop: one connection (latency), N connections with a small JSON answer, and N streams of 64 events written one by
+one; of streams the first event is timed too. `cpu_us` is CPU time of the proxy's processes per request or event;
+1e6 / cpu_us is what one core can do when nothing else runs on it. Prints JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,7 +44,24 @@ STREAM_BODY = BODY[:-1] + b', "stream": true}'
 PATH = "/v1/chat/completions"
 ANSWER = json.dumps({"id": "x", "choices": [{"index": 0, "message": {"content": "y" * 200}}]}).encode()
 EVENT = b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"word"},"finish_reason":null}]}\n\n'
-DIRECT, ROUTER, NGINX = "direct", "router", "nginx"
+DIRECT, ROUTER, WORKERS = "direct", "router", "router, 2 workers"
+HAPROXY_CONF = """
+global
+  maxconn 4096
+  nbthread 1
+defaults
+  mode http
+  option http-no-delay
+  timeout connect 5s
+  timeout client 60s
+  timeout server 60s
+frontend front
+  bind 127.0.0.1:{port}
+  default_backend servers
+backend servers
+  http-reuse always
+  server one 127.0.0.1:{upstream}
+"""
 NGINX_CONF = """
 daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;
 events {{ worker_connections 1024; }}
@@ -75,7 +93,7 @@ class _Upstream(asyncio.Protocol):
         self._n_body += len(body)
 
     def on_message_complete(self) -> None:
-        is_stream, self._n_body = self._n_body == len(STREAM_BODY), 0
+        is_stream, self._n_body = self._n_body == len(STREAM_BODY), 0  # all else, health checks too, gets the JSON
         if not is_stream:
             head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(ANSWER)
             self._transport.write(head + ANSWER)
@@ -100,7 +118,7 @@ async def _serve_upstream() -> None:
 
 
 @contextmanager
-def child(command: list[str], folder: Path, **more: Any) -> Iterator[subprocess.Popen[str]]:
+def child(command: Sequence[str], folder: Path, **more: Any) -> Iterator[subprocess.Popen[str]]:
     """A process that ends with the context."""
     env = {**os.environ, "FD_LOG_DIR": str(folder / "log")}
     process = subprocess.Popen(command, text=True, env=env, **more)
@@ -113,10 +131,12 @@ def child(command: list[str], folder: Path, **more: Any) -> Iterator[subprocess.
         process.kill()
 
 
-def _start_router(stack: ExitStack, folder: Path, upstream: int, policy: str) -> tuple[int, int]:
+def _start_router(stack: ExitStack, folder: Path, upstream: int, policy: str, workers: int = 1) -> tuple[int, int]:
     """Port and process id of a router that knows the server."""
     command = [sys.executable, "-m", "fastdeploy.router.launch", "--host", "127.0.0.1", "--port", "0"]
-    process = stack.enter_context(child([*command, "--policy", policy], folder, stderr=subprocess.PIPE))
+    process = stack.enter_context(
+        child([*command, "--policy", policy, "--workers", str(workers)], folder, stderr=subprocess.PIPE)
+    )
     assert process.stderr is not None
     found = None
     while found is None:
@@ -135,33 +155,77 @@ def _start_router(stack: ExitStack, folder: Path, upstream: int, policy: str) ->
     raise RuntimeError("the router does not take the server")
 
 
-def _start_nginx(stack: ExitStack, folder: Path, upstream: int, program: str) -> tuple[int, int]:
+def _start_peer(stack: ExitStack, folder: Path, name: str, upstream: int, programs: Path | None) -> tuple[int, int]:
+    """Port and process id of another proxy with its own way to be told of the server."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    conf = folder / "nginx.conf"
-    conf.write_text(NGINX_CONF.format(folder=folder, upstream=upstream, port=port))
-    process = stack.enter_context(child([program, "-c", str(conf)], folder))
-    for _ in range(100):
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return port, process.pid
+    conf = folder / f"{name}.conf"
+    if name == "nginx":
+        conf.write_text(NGINX_CONF.format(folder=folder, upstream=upstream, port=port))
+        command = ["nginx", "-c", str(conf)]
+    elif name == "haproxy":
+        conf.write_text(HAPROXY_CONF.format(upstream=upstream, port=port))
+        command = ["haproxy", "-f", str(conf)]
+    else:
+        assert programs is not None
+        module, level = ("sglang_router", "warn") if name == "sglang-router" else ("vllm_router", "warning")
+        command = [
+            str(programs / "python"),
+            "-m",
+            f"{module}.launch_router",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
+        command += ["--worker-urls", f"http://127.0.0.1:{upstream}", "--policy", "round_robin", "--log-level", level]
+        command += ["--prometheus-port", "0"] if name == "vllm-router" else []
+    log = stack.enter_context((folder / f"{name}.log").open("w"))
+    process = stack.enter_context(child(command, folder, stdout=log, stderr=log))
+    for _ in range(400):
+        with suppress(OSError), urllib.request.urlopen(_completion(port), timeout=10) as answer:
+            if answer.status == 200:
+                return port, process.pid
         time.sleep(0.05)
-    raise RuntimeError("nginx does not listen")
+    raise RuntimeError(f"{name} does not answer: {(folder / f'{name}.log').read_text()[-2000:]}")
 
 
-async def _load(port: int, body: bytes, concurrency: int, seconds: float) -> list[float]:
-    """Latencies, in seconds, of requests sent one after the other on each of the connections."""
+def _completion(port: int) -> urllib.request.Request:
+    return urllib.request.Request(f"http://127.0.0.1:{port}{PATH}", BODY, {"content-type": "application/json"})
+
+
+def _peers(programs: Path | None) -> list[str]:
+    """The other proxies that are installed here."""
+    found = [name for name in ("nginx", "haproxy") if shutil.which(name)]
+    return found + (["sglang-router", "vllm-router"] if programs is not None else [])
+
+
+class _Timed(Collected):
+    """Keeps when its first bytes came, too."""
+
+    first_s = 0.0
+
+    def feed(self, data: bytes, read_s: float) -> None:
+        """The next bytes."""
+        self.first_s = self.first_s or read_s
+        super().feed(data, read_s)
+
+
+async def _load(port: int, body: bytes, concurrency: int, seconds: float) -> list[tuple[float, float]]:
+    """Latencies of requests sent one after the other on each of the connections: to the end, to the first bytes; in
+    seconds."""
     client = HttpClient(f"127.0.0.1:{port}", None, 60.0)
-    latencies: list[float] = []
+    latencies: list[tuple[float, float]] = []
     end_s = time.perf_counter() + seconds
 
     async def one() -> None:
         while (began_s := time.perf_counter()) < end_s:
-            sink = Collected()
+            sink = _Timed()
             status, _ = await client.post(PATH, body, sink)
             if status != 200 or not sink.data:
                 raise RuntimeError(f"status {status}")
-            latencies.append(time.perf_counter() - began_s)
+            latencies.append((time.perf_counter() - began_s, sink.first_s - began_s))
 
     async with client.watched():
         await asyncio.gather(*(one() for _ in range(concurrency)))
@@ -175,12 +239,16 @@ def measure_one(port: int, pid: int | None, concurrency: int, seconds: float) ->
     for name, body, n_connections, n_each in loads:
         uvloop.run(_load(port, body, n_connections, 0.2))
         before_s, began_s = cpu_s(pid) if pid else 0.0, time.perf_counter()
-        latencies = sorted(uvloop.run(_load(port, body, n_connections, seconds)))
+        timed = uvloop.run(_load(port, body, n_connections, seconds))
+        latencies, firsts = sorted(whole_s for whole_s, _ in timed), sorted(first_s for _, first_s in timed)
         took_s, used_s = time.perf_counter() - began_s, (cpu_s(pid) if pid else 0.0) - before_s
         n = len(latencies) * n_each
         figures[f"{name}_per_s"] = n / took_s
         figures[f"{name}_p50_ms"] = latencies[len(latencies) // 2] * 1e3
         figures[f"{name}_p99_ms"] = latencies[int(len(latencies) * 0.99)] * 1e3
+        if n_each > 1:
+            figures[f"{name}_first_p50_ms"] = firsts[len(firsts) // 2] * 1e3
+            figures[f"{name}_first_p99_ms"] = firsts[int(len(firsts) * 0.99)] * 1e3
         if pid:
             figures[f"{name}_cpu_us"] = used_s / n * 1e6
     return figures
@@ -197,8 +265,9 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
         port = int(upstream.stdout.readline())
         targets: dict[str, tuple[int, int | None]] = {DIRECT: (port, None)}
         targets[ROUTER] = _start_router(stack, folder, port, flags.policy)
-        if nginx := shutil.which("nginx"):
-            targets[NGINX] = _start_nginx(stack, folder, port, nginx)
+        targets[WORKERS] = _start_router(stack, folder, port, flags.policy, 2)
+        for name in _peers(flags.peer_programs):
+            targets[name] = _start_peer(stack, folder, name, port, flags.peer_programs)
         for _ in range(flags.rounds):
             for name, (target_port, pid) in targets.items():
                 figures = measure_one(target_port, pid, flags.concurrency, flags.seconds)
@@ -210,8 +279,8 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
 def _ratios(medians: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """The router's figures over those of the others; latency it adds."""
     ours, ratios = medians[ROUTER], {}
-    for name in medians.keys() - {ROUTER}:
-        for key in ("json_per_s", "events_per_s"):
+    for name in sorted(medians.keys() - {ROUTER}):
+        for key in ("json_per_s", "events_per_s", "json_p99_ms"):
             ratios[f"{key} of {name}"] = ours[key] / medians[name][key]
     ratios["added_ms_c1_p50"] = ours["c1_p50_ms"] - medians[DIRECT]["c1_p50_ms"]
     ratios["requests_per_s_per_core"] = 1e6 / ours["json_cpu_us"]
@@ -233,6 +302,7 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=32, help="connections (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each load (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--peer-programs", type=Path, help="bin folder of a venv with sglang-router and vllm-router")
     parser.add_argument("--output", type=Path, help="also write the JSON there")
     parser.add_argument("--serve-upstream", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args()

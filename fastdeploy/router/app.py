@@ -19,7 +19,9 @@ from fastdeploy.observability.logs import RequestLogger
 from fastdeploy.router.downstream import ClientConnection, Work
 from fastdeploy.router.health import HealthChecker
 from fastdeploy.router.http1 import Request, error_body, own_response
-from fastdeploy.router.metrics import CONTENT_TYPE, RouterMetrics
+from fastdeploy.router.metrics import CONTENT_TYPE, Figures, RouterMetrics, added, rendered, shown
+from fastdeploy.router.page import FILES
+from fastdeploy.router.peers import Peers
 from fastdeploy.router.proxy import Proxy
 from fastdeploy.router.record import parse_record
 from fastdeploy.router.registry import Registry, Server
@@ -97,10 +99,17 @@ Answerer = Callable[[Request], Awaitable[Reply]]
 
 
 class App:
-    """A `Handler`: looks up the path of a request. `clients` are the open connections."""
+    """A `Handler`: looks up the path of a request. `clients` are the open connections.
 
-    def __init__(self, registry: Registry, checker: HealthChecker, proxy: Proxy, metrics: RouterMetrics) -> None:
+    `for_peers` is the handler of connections from other workers, which are told and asked what clients are not.
+    """
+
+    def __init__(
+        self, registry: Registry, checker: HealthChecker, proxy: Proxy, metrics: RouterMetrics, peers: Peers
+    ) -> None:
         self.clients: set[ClientConnection] = set()
+        self.for_peers = _ForPeers(self)
+        self._peers = peers
         self._registry, self._checker, self._proxy, self._metrics = registry, checker, proxy, metrics
         self._routes: dict[bytes, tuple[frozenset[bytes], Answerer]] = {
             b"/health": (frozenset({b"GET", b"HEAD"}), self._health),
@@ -115,6 +124,14 @@ class App:
             b"/decode_instances": (frozenset({b"GET"}), self._decode_instances),
             b"/v1/models": (frozenset({b"GET"}), self._models),
             b"/v1/abort_requests": (frozenset({b"POST"}), self._abort_requests),
+            b"/status": (frozenset({b"GET"}), self._status),
+            **{path: (frozenset({b"GET"}), self._file) for path in FILES},
+        }
+        self._peer_routes: dict[bytes, Answerer] = {
+            b"/register": self._register_here,
+            b"/unregister": self._unregister_here,
+            b"/figures": self._figures_here,
+            b"/records": self._records_here,
         }
 
     def handle(self, request: Request, client: ClientConnection) -> Work | None:
@@ -133,6 +150,11 @@ class App:
             return None
         return _Answering(asyncio.get_running_loop().create_task(self._answer(answer, request, client)))
 
+    def handle_peer(self, request: Request, client: ClientConnection) -> Work | None:
+        """Begin to answer another worker."""
+        answer = self._peer_routes[request.path]
+        return _Answering(asyncio.get_running_loop().create_task(self._answer(answer, request, client)))
+
     async def _answer(self, answer: Answerer, request: Request, client: ClientConnection) -> None:
         try:
             reply = await answer(request)
@@ -149,8 +171,8 @@ class App:
         )
         known = request.path in self._routes or request.path in FORWARDED
         took_s = self._checker.now_s() - request.received_s
-        path = request.path.decode("latin-1") if known else "other"
-        self._metrics.http(request.method.decode("latin-1"), path, reply.status, took_s)
+        path = request.path if known else b"other"
+        self._metrics.http(request.method, path, reply.status, took_s)
         client.finish()
 
     # ---- the router itself ---------------------------------------------------------------------------------------
@@ -166,7 +188,27 @@ class App:
         return _json(200, {"code": 200, "msg": "Health check complete", "healthy": n_well, "unhealthy": n_all - n_well})
 
     async def _metrics_page(self, request: Request) -> Reply:
-        return Reply(200, self._metrics.render(), CONTENT_TYPE)
+        return Reply(200, rendered(await self._figures()), CONTENT_TYPE)
+
+    async def _status(self, request: Request) -> Reply:
+        """What the page shows."""
+        return _json(200, shown(await self._figures()))
+
+    async def _file(self, request: Request) -> Reply:
+        """A file of the page."""
+        content_type, body = FILES[request.path]
+        return Reply(200, body, content_type)
+
+    async def _figures(self) -> Figures:
+        """Those of all workers."""
+        return added([self._metrics.figures(), *await self._peers.figures()])
+
+    async def _figures_here(self, request: Request) -> Reply:
+        return Reply(200, msgspec.msgpack.encode(self._metrics.figures()))
+
+    async def _records_here(self, request: Request) -> Reply:
+        records = [server.record for server in self._registry if not server.is_static]
+        return Reply(200, msgspec.msgpack.encode(records))
 
     async def _version(self, request: Request) -> Reply:
         return _json(200, {"version": fastdeploy.__version__})
@@ -174,6 +216,12 @@ class App:
     # ---- servers -------------------------------------------------------------------------------------------------
 
     async def _register(self, request: Request) -> Reply:
+        reply = await self._register_here(request)
+        if reply.status == 200:
+            await self._peers.tell(b"/register", request.body)
+        return reply
+
+    async def _register_here(self, request: Request) -> Reply:
         try:
             record = parse_record(request.body)
             self._registry.check_role(record)
@@ -188,6 +236,12 @@ class App:
 
     async def _unregister(self, request: Request) -> Reply:
         """Not in the routers before this one: a server that ends leaves at once instead of at a failed check."""
+        reply = await self._unregister_here(request)
+        if reply.status == 200:
+            await self._peers.tell(b"/unregister", request.body)
+        return reply
+
+    async def _unregister_here(self, request: Request) -> Reply:
         try:
             record = parse_record(request.body)
         except InvalidRequest as exc:
@@ -258,6 +312,18 @@ class App:
         return _json(
             200, {"request_id": f"control-{uuid.uuid4()}", "result": result, "status": "success", "error": None}
         )
+
+
+class _ForPeers:
+    """The `Handler` of other workers."""
+
+    def __init__(self, app: App) -> None:
+        self.clients: set[ClientConnection] = set()
+        self._app = app
+
+    def handle(self, request: Request, client: ClientConnection) -> Work | None:
+        """Begin to answer."""
+        return self._app.handle_peer(request, client)
 
 
 def _refusal(answers: list[Answer]) -> Reply:

@@ -49,6 +49,7 @@ class RouterConfig:
     log: LogSettings = field(default_factory=LogSettings)
     pairs: PairSettings = field(default_factory=PairSettings)
     request_timeout_s: float = 1800
+    workers: int = 1
 
 
 _SECTIONS: Mapping[str, type] = MappingProxyType(

@@ -6,9 +6,9 @@ One request of a connection is answered at a time; what a client sends ahead wai
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
 from typing import Protocol, cast
-from uuid import uuid4
 
 import httptools
 
@@ -300,7 +300,7 @@ class ClientConnection(asyncio.Protocol):
             self._headers,
             b"".join(self._body),
             self._is_1_0,
-            self._request_id or uuid4().hex.encode(),
+            self._request_id or os.urandom(16).hex().encode(),
             self._loop.time(),
         )
         self._body = []

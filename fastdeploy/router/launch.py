@@ -5,22 +5,28 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import gc
 import logging
 import os
 import platform
+import signal
+import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import fastdeploy
 from fastdeploy.config.flags import FlagParser
 from fastdeploy.errors import ConfigError, FastDeployError
 from fastdeploy.observability.logs import CONSOLE, ROOT, close_logging, setup_logging
-from fastdeploy.router.config import RouterConfig, load_config, without_effect
+from fastdeploy.router.config import RouterConfig, load_config, load_instances, without_effect
 from fastdeploy.router.placement import PairSettings
 from fastdeploy.router.policies import POLICIES
+from fastdeploy.router.workers import MAX_WORKERS, Group
 
 PROGRAM = "python -m fastdeploy.router.launch"
 COMMAND = "fd-router"
+GC_THRESHOLD = 50_000  # objects; Python looks after 700
 DEFAULT_PORT = 9000  # of the module; the command has none
 CONSOLE_LOGGER = logging.getLogger(CONSOLE)
 _LEVELS = {"warn": logging.WARNING, "warning": logging.WARNING, "error": logging.ERROR}
@@ -61,6 +67,8 @@ def _config(flags: argparse.Namespace, default_port: int | None) -> RouterConfig
     for name in ("preempt_retry_count", "pd_min_prompt_tokens"):
         if getattr(flags, name) < 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be 0 or more")
+    if not 1 <= flags.workers <= MAX_WORKERS:
+        raise ConfigError(f"--workers {flags.workers}: must be in 1..{MAX_WORKERS}")
     if flags.request_timeout_secs <= 0:
         raise ConfigError(f"--request-timeout-secs {flags.request_timeout_secs:g}: must be more than 0")
     port = config.server.port if config.server.port is not None else default_port
@@ -79,29 +87,45 @@ def _config(flags: argparse.Namespace, default_port: int | None) -> RouterConfig
             preempt_retry_exclude_decode=flags.preempt_retry_exclude_decode,
         ),
         request_timeout_s=flags.request_timeout_secs,
+        workers=flags.workers,
     )
 
 
 def _start(config: RouterConfig, environ: Mapping[str, str]) -> int:
     from fastdeploy.config.resolve import log_dir
-    from fastdeploy.entrypoints.openai.server import address_of, bind
-    from fastdeploy.router.server import serve
+    from fastdeploy.entrypoints.openai.server import address_of
+    from fastdeploy.router.workers import bind_group, run_workers
 
     assert config.server.port is not None
-    with bind(config.server.host, config.server.port, "--port") as sock:
+    with ExitStack() as stack:
+        sockets = bind_group(stack, config.server.host, config.server.port, config.workers)
         setup_logging(log_dir(environ), "router", config.log.output != "file", environ=_log_environ(config, environ))
+        stack.callback(close_logging)
         if config.log.level in _LEVELS:
             logging.getLogger(ROOT).setLevel(_LEVELS[config.log.level])
-        try:
-            for line in without_effect(config):
-                CONSOLE_LOGGER.warning(line)
-            CONSOLE_LOGGER.info("Starting server on %s, policy %s", address_of(sock), config.scheduler.policy)
-            import uvloop
+        for line in without_effect(config):
+            CONSOLE_LOGGER.warning(line)
+        shown = f"policy {config.scheduler.policy}"
+        if config.server.splitwise:
+            shown = f"policies {config.scheduler.prefill_policy} and {config.scheduler.decode_policy}"
+        CONSOLE_LOGGER.info("Starting server on %s, %s", address_of(sockets[0]), shown)
+        gc.freeze()  # a request's objects are freed by their counts: looking for cycles often costs time only
+        gc.set_threshold(GC_THRESHOLD)
+        if config.workers == 1:
+            return _run(config, sockets[0], None)
+        if config.manager.register_path:
+            load_instances(config.manager.register_path)  # what is wrong with it is said once, here
+        return run_workers(sockets, lambda group, sock: _run(config, sock, group))
 
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                in_order = runner.run(serve(config, sock))
-        finally:
-            close_logging()
+
+def _run(config: RouterConfig, sock: socket.socket, group: Group | None) -> int:
+    import uvloop
+
+    from fastdeploy.router.server import serve
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD))
+        in_order = runner.run(serve(config, sock, group))
     return 0 if in_order else 130
 
 
@@ -141,6 +165,7 @@ def _parser(program: str) -> FlagParser:
     parser.add_argument("-config_path", dest="config_path", default="", help=argparse.SUPPRESS)
     add("policy", "how a server is chosen (default: request_num)", choices=tuple(POLICIES), metavar="NAME")
     add("request-timeout-secs", "longest a request may take (default: 1800)", type=float, default=1800.0, metavar="X")
+    add("workers", "processes that share the port (default: 1)", type=int, default=1, metavar="N")
     add("splitwise", "pair prefill and decode servers", **switch)
     count: dict[str, object] = {"type": int, "metavar": "N"}
     add(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from fastdeploy.router.shared_loads import SharedLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,17 @@ class ServerLoad:
     n_tokens_total: int = 0
     n_events_total: int = 0  # stream events that came back, about one per generated token
     remote: RemoteFigures | None = None  # None while the server's own figures are unknown or old
+    shared: SharedLoad | None = None  # with several workers: the counts above contain what `see_others` saw of theirs
+    _others: tuple[int, int, int] = (0, 0, 0)
+
+    def see_others(self) -> None:
+        """Bring what other workers have on its way there up to date."""
+        if self.shared is not None:
+            now, before = self.shared.others(), self._others
+            self._others = now
+            self.n_requests += now[0] - before[0]
+            self.n_waiting += now[1] - before[1]
+            self.n_tokens += now[2] - before[2]
 
     @property
     def n_running(self) -> int:
@@ -46,16 +60,20 @@ class Ticket:
         load.n_tokens += n_tokens
         load.n_requests_total += 1
         load.n_tokens_total += n_tokens
+        if load.shared is not None:
+            load.shared.add(1, is_stream, n_tokens)
 
     def events(self, n: int) -> None:
         """So many events of the stream came."""
-        load = self._load
-        if self._is_waiting:
+        load, began = self._load, self._is_waiting
+        if began:
             self._is_waiting = False
             load.n_waiting -= 1
         self._n_tokens += n
         load.n_tokens += n
         load.n_events_total += n
+        if load.shared is not None:
+            load.shared.add(0, -began, n)
 
     def end(self) -> None:
         """The request has left the server; a second call does nothing."""
@@ -66,12 +84,15 @@ class Ticket:
         load.n_requests -= 1
         load.n_waiting -= self._is_waiting
         load.n_tokens -= self._n_tokens
+        if load.shared is not None:
+            load.shared.add(-1, -self._is_waiting, -self._n_tokens)
 
 
 @dataclass(slots=True)
 class Ledger:
     """The loads of all servers by URL; that of a server that went away is kept while requests are still there."""
 
+    share: Callable[[str], SharedLoad] | None = None  # gives the part of a server's load that other workers see
     _loads: dict[str, ServerLoad] = field(default_factory=dict)
     _n_generations: int = 0
 
@@ -79,12 +100,16 @@ class Ledger:
         """The load of a server that comes, or comes back."""
         load = self._loads.get(url)
         if load is None:
-            load = self._loads[url] = ServerLoad(url)
+            load = self._loads[url] = ServerLoad(url, shared=self.share(url) if self.share is not None else None)
         self._n_generations += 1
         load.generation, load.remote = self._n_generations, None
         return load
 
     def forget_idle(self, known: set[str]) -> None:
         """Drop the loads of servers that are not `known` any more and have nothing in flight."""
-        for url in [url for url, load in self._loads.items() if url not in known and load.n_requests == 0]:
-            del self._loads[url]
+        for url, load in list(self._loads.items()):
+            load.see_others()
+            if url not in known and load.n_requests == 0:
+                if load.shared is not None:
+                    load.shared.release()
+                del self._loads[url]

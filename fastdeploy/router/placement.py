@@ -241,6 +241,9 @@ def given_up(answer: bytes) -> list[int] | None:
 
 
 def _chosen(policy: Policy, servers: Sequence[Server], figures: PromptFigures, now_s: float) -> Server:
+    if servers[0].load.shared is not None:
+        for server in servers:
+            server.load.see_others()
     ask = Ask(figures.n_tokens, figures.text, now_s)
     return servers[policy.pick([server.load for server in servers], ask)]
 

@@ -85,6 +85,8 @@ class Smallest:
 
     def pick(self, loads: Sequence[ServerLoad], ask: Ask) -> int:
         """See `Policy`."""
+        if len(loads) == 1:
+            return 0
         ranks = [self._rank(load) for load in loads]
         return ranks.index(min(ranks))
 

@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from fastdeploy.errors import InvalidRequest
 from fastdeploy.observability.logs import CONSOLE
@@ -19,10 +20,12 @@ from fastdeploy.router.downstream import ClientConnection
 from fastdeploy.router.health import HealthChecker
 from fastdeploy.router.ledger import ServerLoad
 from fastdeploy.router.metrics import RouterMetrics
+from fastdeploy.router.peers import Peers, socket_path
 from fastdeploy.router.placement import MixedPlacer, PairPlacer, Placer
 from fastdeploy.router.policies import make_policy
 from fastdeploy.router.proxy import Proxy
 from fastdeploy.router.registry import Registry
+from fastdeploy.router.workers import Group
 
 LOGGER = logging.getLogger(__name__)
 CONSOLE_LOGGER = logging.getLogger(CONSOLE)
@@ -73,16 +76,28 @@ class Router:
     checker: HealthChecker
     proxy: Proxy
     app: App
+    peers: Peers
+    group: Group | None
 
     @classmethod
-    def build(cls, config: RouterConfig) -> Router:
-        """Put the parts together. Raises `ConfigError` for an unknown policy or a bad `register-path` file."""
+    def build(cls, config: RouterConfig, group: Group | None = None) -> Router:
+        """Put the parts together. Raises `ConfigError` for an unknown policy or a bad `register-path` file.
+
+        `group`: the other workers, when there are any.
+        """
         registry, placer = _placing(config)
         checker = HealthChecker(registry, config.manager, any(policy.needs_remote for policy in placer.policies))
         metrics = RouterMetrics(registry, placer)
         proxy = Proxy(placer, config.pairs, checker, metrics, config.request_timeout_s)
+        peers = Peers()
+        if group is not None:
+            registry.ledger.share = partial(group.loads.column, group.worker)
+            numbers = [number for number in range(group.n_workers) if number != group.worker]
+            peers = Peers([socket_path(group.folder, number) for number in numbers])
         _register_from_file(config, registry)
-        return cls(config, registry, placer, checker, proxy, App(registry, checker, proxy, metrics))
+        return cls(
+            config, registry, placer, checker, proxy, App(registry, checker, proxy, metrics, peers), peers, group
+        )
 
     @asynccontextmanager
     async def listening(
@@ -91,6 +106,14 @@ class Router:
         """Serves a bound socket inside the context, which gets the listener, and the loops in the background."""
         loop = asyncio.get_running_loop()
         listener = await loop.create_server(lambda: ClientConnection(self.app, loop), sock=sock, backlog=BACKLOG)
+        listeners = [listener]
+        if self.group is not None:
+            path = socket_path(self.group.folder, self.group.worker)
+            path.unlink(missing_ok=True)  # of a worker before this one
+            peer_side = self.app.for_peers
+            listeners.append(await loop.create_unix_server(lambda: ClientConnection(peer_side, loop), str(path)))
+            for record in await self.peers.records():
+                await self.checker.admit(record)
         loops = (self.checker.run(), self._sweep(), self._tidy(), self._report())
         tasks = [loop.create_task(work) for work in loops]
         try:
@@ -98,9 +121,11 @@ class Router:
         finally:
             for task in tasks:
                 task.cancel()
-            listener.close()
-            for client in list(self.app.clients):
+            for one in listeners:
+                one.close()
+            for client in [*self.app.clients, *self.app.for_peers.clients]:
                 client.abort()
+            self.peers.close()
             self.registry.close()
 
     async def drain(self, signals: Signals) -> bool:
@@ -150,12 +175,14 @@ class Router:
                 LOGGER.info("stats: %s", "; ".join(map(_shown, loads)))
 
 
-async def serve(config: RouterConfig, sock: socket.socket) -> bool:
+async def serve(config: RouterConfig, sock: socket.socket, group: Group | None = None) -> bool:
     """Routes on a bound socket until a signal comes. The first one lets requests finish, the second ends them.
+
+    `group`: what makes this process one of several workers.
 
     True when it came to an end in order. Raises `ConfigError` for a `register-path` file that cannot be read.
     """
-    router, signals = Router.build(config), Signals()
+    router, signals = Router.build(config, group), Signals()
     with signals.counted():
         stop = asyncio.create_task(signals.next())
         try:

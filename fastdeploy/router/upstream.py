@@ -222,8 +222,9 @@ class UpstreamConnection(asyncio.Protocol):
 class Upstream:
     """All connections to one address. `host_header` is how a request names it."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self._host, self._port = host, port
+    def __init__(self, host: str, port: int, unix_path: str = "") -> None:
+        """`unix_path`: a socket to connect to instead."""
+        self._host, self._port, self._unix_path = host, port, unix_path
         self.host_header = (f"[{host}]:{port}" if ":" in host else f"{host}:{port}").encode()
         self._idle: list[UpstreamConnection] = []
 
@@ -240,7 +241,11 @@ class Upstream:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                _, connection = await loop.create_connection(lambda: UpstreamConnection(self), self._host, self._port)
+                connection = UpstreamConnection(self)
+                if self._unix_path:
+                    await loop.create_unix_connection(lambda: connection, self._unix_path)
+                else:
+                    await loop.create_connection(lambda: connection, self._host, self._port)
         except TimeoutError:
             raise UpstreamError("connect", f"no connection within {CONNECT_TIMEOUT_S:.0f} s") from None
         except OSError as exc:
