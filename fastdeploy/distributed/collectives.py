@@ -17,14 +17,13 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from fastdeploy.distributed import shared_region
 from fastdeploy.distributed.groups import STEP_PATIENCE_S, Connection, Group
-from fastdeploy.distributed.shared_region import SharedRegion
+from fastdeploy.distributed.shared_region import TELL_FIRST_S, SharedRegion
 from fastdeploy.distributed.topology import Position, run_of
 from fastdeploy.errors import EngineDeadError
 
 if TYPE_CHECKING:
     from fastdeploy.distributed.all_to_all.base import AllToAll
 
-_TELL_FIRST_S = 1.0  # time for whoever knows more to report a failed exchange first
 _REGION_BYTES = 16 << 20  # of what all ranks bring at a time; memory is taken only where something was written
 
 
@@ -166,7 +165,7 @@ def group_errors(name: str) -> Iterator[None]:
         yield
     except RuntimeError as exc:
         # This error cannot name the rank that is gone. That one's core can, and ends the group unless it is gone too.
-        time.sleep(_TELL_FIRST_S)
+        time.sleep(TELL_FIRST_S)
         raise EngineDeadError(
             f"{name}: an exchange with the other ranks of its group failed: {exc}; see the logs of those"
         ) from exc

@@ -28,6 +28,7 @@ _FUTEX_CALLS: Mapping[str, int] = {"x86_64": 202, "aarch64": 98}  # number of th
 _FUTEX_WAIT, _FUTEX_WAKE, _ALL_WAITERS = 0, 1, 2**31 - 1
 _COUNTER_BYTES = 64  # one cache line each
 _SPIN_S = 200e-6  # as long as a sleeper takes to come back, twice over
+TELL_FIRST_S = 1.0  # time for whoever knows more to report a failed exchange first
 _SLICE_S = 0.5  # how often a sleeper looks whether the others are alive
 _WRAP = 1 << 31
 
@@ -127,6 +128,7 @@ class SharedRegion:
         ended = {fd for fd, _ in poll.poll(0)}
         dead = [name for name, fd in zip(self._names, self._processes, strict=True) if fd in ended]
         if dead:
+            time.sleep(TELL_FIRST_S)  # its core knows why; when that is gone as well, this has to do
             raise EngineDeadError(f"{self._names[self.rank]}: {', '.join(dead)} is gone, in the middle of a step")
         if waited_s > self._deadline_s:
             raise EngineDeadError(

@@ -193,7 +193,7 @@ def test_redis_restarts_or_is_cut_off(redis: PrivateRedis, name: str, fault: str
             for answer in answers:
                 await finished(answer, 300, 50)
             await until(lambda: not servers[1].room.executions.alive, "the other server to be done")
-            assert not servers[0].room.link.down_s
+            await until(lambda: not servers[0].room.link.down_s, "Redis to be noticed again")
 
     asyncio.run(run())
 
