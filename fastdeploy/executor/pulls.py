@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Container
 
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.errors import ConfigError, TransferError, TransferUnavailable
-from fastdeploy.transfer.base import Endpoint, Pull, Transport, make_transport
+from fastdeploy.transfer.base import Endpoint, Peer, Pull, Transport, make_transport
 from fastdeploy.transfer.choose import choose, nixl_usable, offered_names
 from fastdeploy.transfer.machine import machine_id
 from fastdeploy.transfer.memory import PageMemory
@@ -16,8 +17,29 @@ from fastdeploy.wire.messages import CancelPull, ForgetPulls, PullEnded, PullPag
 
 _POLL_S = 0.0005
 _IDLE_S = 0.2
+_KEEP_S = 60.0
 
 log = logging.getLogger("fastdeploy.transfer")
+
+
+class KnownPeers:
+    """Ranks that were read from. Those not used for a while are let go: their memory may be kept by this rank alone."""
+
+    def __init__(self) -> None:
+        self._used: dict[str, tuple[Transport, Peer, float]] = {}  # by owner
+
+    def connect(self, transport: Transport, endpoint: Endpoint, now_s: float) -> Peer:
+        """The peer, which is used now. Raises TransferError."""
+        peer = transport.connect(endpoint)
+        self._used[endpoint.owner] = (transport, peer, now_s)
+        return peer
+
+    def let_go(self, now_s: float, busy: Container[str]) -> None:
+        """Disconnect from owners that are not `busy` and were last used too long ago."""
+        for owner, (transport, peer, used_s) in list(self._used.items()):
+            if now_s - used_s > _KEEP_S and owner not in busy:
+                del self._used[owner]
+                transport.disconnect(peer)
 
 
 class Pulls:
@@ -32,6 +54,7 @@ class Pulls:
         self._send = send
         self._transports: dict[str, Transport] = {}
         self._running: dict[int, tuple[Transport, Pull, PullPages]] = {}
+        self._peers = KnownPeers()
         n_local = config.parallel.n_ranks // len(config.parallel.hosts)
         port = transfer.rank_ports[number % n_local] if transfer.rank_ports else 0
         problems = []
@@ -59,6 +82,7 @@ class Pulls:
                 pass
             for pull_id in list(self._running):
                 self._look_at(pull_id)
+            self._peers.let_go(time.monotonic(), {command.peer.owner for _, _, command in self._running.values()})
 
     def _take(self, command: TransferCommand) -> None:
         match command:
@@ -77,7 +101,7 @@ class Pulls:
     def _start(self, command: PullPages) -> None:
         try:
             transport = self._transports[choose(self._protocols, self.endpoint, command.peer)]
-            peer = transport.connect(command.peer)
+            peer = self._peers.connect(transport, command.peer, time.monotonic())
             pull = transport.pull(peer, command.source, command.page_ids, command.patience_s)
         except (TransferError, ValueError) as error:
             self._send(PullEnded(command.pull_id, 0, f"{type(error).__name__}: {error}"))

@@ -75,8 +75,8 @@ class RankLoad:
 
 def expected_output(submit: Submit) -> int:
     """Tokens that a request is expected to get, as far as its limit tells."""
-    max_tokens = submit.params.max_tokens
-    return _LONG_OUTPUT if max_tokens is None else min(max_tokens, _LONG_OUTPUT)
+    max_tokens, n_known = submit.params.max_tokens, len(submit.output_ids)
+    return _LONG_OUTPUT if max_tokens is None else max(min(max_tokens - n_known, _LONG_OUTPUT), 0)
 
 
 def least_loaded(
