@@ -220,13 +220,13 @@ class EngineCore:
         return msgspec.structs.replace(status, pairing=self.pairing.status(status.pairing))
 
     def fail(self, error: FastDeployError) -> None:
-        """Tell every front end why this engine ends, also one whose Hello has not been read yet."""
+        """Tell the group and every front end why this engine ends, also one whose Hello has not been read yet."""
+        if self.group is not None:  # first: a front end that knows ends this process
+            self.group.fail(str(error))
         if not self.front_ends:
             self.channel.socket.poll(_HELLO_PATIENCE_MS)
             self._meet_front_ends()
         self._broadcast(EngineFailed(type(error).__name__, str(error)))
-        if self.group is not None:
-            self.group.fail(str(error))
 
     def stop(self) -> None:
         """End ranks and close the channels."""

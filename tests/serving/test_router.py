@@ -170,6 +170,7 @@ def test_a_killed_server(fleet: Fleet) -> None:
     wait_for(lambda: fleet.enqueued() == [N_SLOTS + 2, N_SLOTS + 2], what="waiting requests on both")
     dead, alive = fleet.servers
     dead.popen.kill()
+    dead.end()
     wait_for(lambda: sum(not stream.is_alive() for stream in running) == N_SLOTS, what="the end of its streams")
     for stream in running:
         if not stream.is_alive():
