@@ -29,6 +29,7 @@ from fastdeploy.admission.shared import SharedRoom
 _INTAKE = 50  # letters that a node reads at once
 _FORGET_S = 60.0  # records older than that are deleted
 _RETRY_S = 1.0
+_IDLE_PERIOD_S = 0.05  # between looks at loads of which all are zero: looking costs more than an idle server may
 
 log = logging.getLogger("fastdeploy.scheduler")
 
@@ -204,7 +205,8 @@ class SplitwisePlacement:
                     self._room.metrics.reports += 1
                 except (RedisError, OSError, TimeoutError):
                     await asyncio.sleep(self._beat_s / 4)
-            await asyncio.sleep(self._config.sync_period_s)
+            period_s = self._config.sync_period_s
+            await asyncio.sleep(period_s if any(loads.values()) else max(period_s, _IDLE_PERIOD_S))
 
     async def _write(self, loads: dict[str, int]) -> None:
         client = self._room.link.client
