@@ -27,6 +27,7 @@ Boot = TypeVar("Boot", bound=msgspec.Struct)
 _LENGTH = struct.Struct("<I")  # bytes of the boot message
 _LIFELINE = 0  # standard input
 _PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl
 
 
 class Child:
@@ -53,6 +54,7 @@ class Child:
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 pass_fds=pass_fds,
+                preexec_fn=_die_with_parent,
                 env={**os.environ, **(env or {})},
             )
         message = msgspec.msgpack.encode(boot)
@@ -95,13 +97,17 @@ class Child:
             self.process.wait()
 
 
+def _die_with_parent() -> None:
+    """Between fork and exec, so that a child which is stopped before it runs a line of its own is reached as well."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def receive_boot(kind: type[Boot]) -> Boot:
     """In the child: the boot message; from here on the process ends when its parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     (length,) = _LENGTH.unpack(_read_exactly(_LIFELINE, _LENGTH.size))
     boot = msgspec.msgpack.decode(_read_exactly(_LIFELINE, length), type=kind)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_end_with_parent, name="lifeline", daemon=True).start()
     return boot
 

@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import torch
 
 from fastdeploy.transfer.base import Endpoint, PageSet, make_transport
@@ -75,7 +77,12 @@ class Owner:
         self.call(do="spoil", layer=layer, page=page)
 
     def stop(self) -> None:
+        """Returns when no thread of it runs any more."""
         self.process.send_signal(signal.SIGSTOP)
+        until = time.monotonic() + 30
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < until
+            time.sleep(0.001)
 
     def go_on(self) -> None:
         self.process.send_signal(signal.SIGCONT)
