@@ -87,7 +87,10 @@ class _Upstream(asyncio.Protocol):
         self._n_body = 0
 
     def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:  # a router that tries HTTP/2 first
+            self._transport.close()
 
     def on_body(self, body: bytes) -> None:
         self._n_body += len(body)
@@ -157,9 +160,7 @@ def _start_router(stack: ExitStack, folder: Path, upstream: int, policy: str, wo
 
 def _start_peer(stack: ExitStack, folder: Path, name: str, upstream: int, programs: Path | None) -> tuple[int, int]:
     """Port and process id of another proxy with its own way to be told of the server."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = _free_port()
     conf = folder / f"{name}.conf"
     if name == "nginx":
         conf.write_text(NGINX_CONF.format(folder=folder, upstream=upstream, port=port))
@@ -180,7 +181,7 @@ def _start_peer(stack: ExitStack, folder: Path, name: str, upstream: int, progra
             str(port),
         ]
         command += ["--worker-urls", f"http://127.0.0.1:{upstream}", "--policy", "round_robin", "--log-level", level]
-        command += ["--prometheus-port", "0"] if name == "vllm-router" else []
+        command += ["--prometheus-port", str(_free_port())]
     log = stack.enter_context((folder / f"{name}.log").open("w"))
     process = stack.enter_context(child(command, folder, stdout=log, stderr=log))
     for _ in range(400):
@@ -189,6 +190,13 @@ def _start_peer(stack: ExitStack, folder: Path, name: str, upstream: int, progra
                 return port, process.pid
         time.sleep(0.05)
     raise RuntimeError(f"{name} does not answer: {(folder / f'{name}.log').read_text()[-2000:]}")
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
 
 
 def _completion(port: int) -> urllib.request.Request:
@@ -222,9 +230,9 @@ async def _load(port: int, body: bytes, concurrency: int, seconds: float) -> lis
     async def one() -> None:
         while (began_s := time.perf_counter()) < end_s:
             sink = _Timed()
-            status, _ = await client.post(PATH, body, sink)
+            status, said = await client.post(PATH, body, sink)
             if status != 200 or not sink.data:
-                raise RuntimeError(f"status {status}")
+                raise RuntimeError(f"port {port}: status {status}: {said!r}")
             latencies.append((time.perf_counter() - began_s, sink.first_s - began_s))
 
     async with client.watched():
