@@ -52,6 +52,21 @@ class PairedRequests:
         self.ended.append(request)
         return []
 
+    def filled_up(self, request: Request) -> None:
+        """All pages of a request are here and verified, and so is its first token: it decodes from the next step on."""
+        del self.awaiting[request.id]
+        self.filled.append(request)
+
+    def compute_here(self, request: Request) -> None:
+        """The pages do not come, and nothing writes into them any more: the prompt is to be computed here."""
+        del self.awaiting[request.id]
+        request.pairing = None
+
+    def wanted(self, request: Request, first_page: int) -> None:
+        """A decode server wants the pages of a prompt from `first_page` on: it can be computed."""
+        del self.unwanted[request.id]
+        request.first_offered = first_page
+
     def is_lent(self, request_id: str) -> bool:
         """Whether a decode server may still read pages of that request."""
         return request_id in self._lent

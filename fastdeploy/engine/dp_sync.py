@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastdeploy.wire.messages import (
+from fastdeploy.wire.group import (
     Agreed,
     Alive,
     Complete,
@@ -17,14 +17,13 @@ from fastdeploy.wire.messages import (
     GroupCommand,
     GroupEvent,
     GroupFailed,
-    GroupStore,
     Join,
     Leave,
     Missing,
-    StepAgreement,
     StepOpen,
     Vote,
 )
+from fastdeploy.wire.messages import GroupStore, StepAgreement
 
 SILENCE_LIMIT_S = 6.0  # everyone speaks every second
 

@@ -103,6 +103,15 @@ class Fetching:
         """Cores that compute for this one now: they are told every second that it is still there."""
         return {fetch.home for fetch in self._fetches.values() if fetch.home is not None}
 
+    def spoken_to(self) -> set[Address]:
+        """Cores that have been asked for something that is not over."""
+        return set().union(*(fetch.asked for fetch in self._fetches.values()))
+
+    def forget(self, address: Address) -> None:
+        """Nobody speaks with that core any more."""
+        for known in (self._ports, self._heard_s, self._core_of):
+            known.pop(address, None)
+
     def tick(self, now_s: float) -> None:
         """Called a few times a second: give up what takes too long."""
         for fetch in list(self._fetches.values()):
@@ -201,11 +210,11 @@ class Fetching:
                 self._accept(fetch, sender, endpoints, now_s)
             case Offer():
                 self._offer(fetch, event)
-            case FirstToken(request_id, token_id, logprobs, prompt_logprobs):
+            case FirstToken(_, token_id, logprobs, prompt_logprobs):
                 if not fetch.has_token:
                     fetch.has_token = True
-                    args = (request_id, token_id, logprobs, prompt_logprobs, now_s)
-                    self.outputs.append(self._scheduler.first_token(*args))
+                    fetch.request.prompt_logprobs = prompt_logprobs
+                    self.outputs.append(self._scheduler.first_token(fetch.request, token_id, logprobs, now_s))
         self.advance(now_s)  # the first token may have been the last
         self._settle(fetch, now_s)
 
@@ -288,10 +297,11 @@ class Fetching:
             return
         elif fetch.failure is not None:
             del self._fetches[request_id]
-            self._scheduler.compute_here(request_id)
+            self._scheduler.paired.compute_here(fetch.request)
+            self._scheduler.wait(fetch.request)
         elif fetch.home is not None and fetch.has_token and fetch.n_left == 0:
             del self._fetches[request_id]
-            self._scheduler.fill(request_id)
+            self._scheduler.paired.filled_up(fetch.request)
             self.messages.append((fetch.home, Release(request_id)))
             self._n_pulled += 1
             self._n_pages += len(fetch.page_ids) - fetch.first_page

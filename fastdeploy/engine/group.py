@@ -21,22 +21,8 @@ from fastdeploy.engine.dp_sync import SILENCE_LIMIT_S, Hub, Outbox
 from fastdeploy.errors import EngineDeadError, EngineStartError
 from fastdeploy.runner.graph_sizes import graph_sizes
 from fastdeploy.wire.channel import HubChannel, MemberChannel
-from fastdeploy.wire.messages import (
-    Agreed,
-    Alive,
-    Complete,
-    Dismissed,
-    GroupAddress,
-    GroupFailed,
-    GroupStore,
-    Join,
-    Leave,
-    LoadProgress,
-    Missing,
-    StepAgreement,
-    StepOpen,
-    Vote,
-)
+from fastdeploy.wire.group import Agreed, Alive, Complete, Dismissed, GroupFailed, Join, Leave, Missing, StepOpen, Vote
+from fastdeploy.wire.messages import GroupAddress, GroupStore, LoadProgress, StepAgreement
 
 _SPEAK_EVERY_S = 1.0
 _LEAST_SHARE = 8  # of a step's token budget, prompts get so much however little others have

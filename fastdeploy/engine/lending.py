@@ -92,13 +92,14 @@ class Lending:
                 log.warning("request %s: the decode server has been silent for %.0f s", request_id, LEASE_S)
                 self._end(request_id)
         for request_id, since_s in list(self._unwanted_since_s.items()):
-            if request_id not in self._scheduler.paired.unwanted:  # its client has left
+            request = self._scheduler.paired.unwanted.get(request_id)
+            if request is None:  # its client has left
                 del self._unwanted_since_s[request_id]
             elif now_s - since_s > self._wait_limit_s:
                 del self._unwanted_since_s[request_id]
                 self.n_send_failed += 1
                 error = f"no decode server asked for this request within {self._wait_limit_s:g} s"
-                self.outputs.append(self._scheduler.refuse(request_id, error))
+                self.outputs.append(self._scheduler.fail(request, error))
         late = [request_id for request_id, (_, _, at_s) in self._wants.items() if now_s - at_s > self._wait_limit_s]
         for request_id in late:
             del self._wants[request_id]
@@ -144,15 +145,20 @@ class Lending:
         if prompt_hash(request.token_ids) != want.prompt_hash:
             error = "the two servers were given different prompts; check that both have the same model and tokenizer"
             self.messages.append((peer, Refused(want.request_id, error)))
-            self.outputs.append(self._scheduler.refuse(want.request_id, error))
+            self.outputs.append(self._scheduler.fail(request, error))
             return
         self._peer_of[want.request_id] = peer
         self.messages.append((peer, Accepted(want.request_id, self._endpoints)))
-        self._scheduler.want(want.request_id, want.first_page)
+        self._scheduler.paired.wanted(request, want.first_page)
+        self._scheduler.wait(request)
 
     def _end(self, request_id: str) -> None:
+        """The decode server is done with a prompt, or computes it itself: it is given up here in any state."""
         del self._peer_of[request_id]
-        self.outputs.append(self._scheduler.release(request_id))
+        self._scheduler.paired.take_back(request_id)
+        request = self._scheduler.find(request_id)
+        if request is not None and request.lends_pages:
+            self.outputs.append(self._scheduler.abort([request_id]))
 
 
 def _order(request: Request) -> PageOrder | None:

@@ -157,6 +157,12 @@ class Request:
         """Whether its prompt is computed for another server."""
         return self.pairing is not None and self.pairing.role == "prefill"
 
+    def take_first(self, token_id: int, now_s: float) -> None:
+        """The first token of the answer, sampled elsewhere."""
+        self.token_ids.append(token_id)
+        self.n_target = self.n_prompt + 1
+        self.first_token_s = self.last_token_s = now_s
+
     def end_reason(self) -> FinishReason | None:
         """Why its newest token is its last, if it is."""
         n_known = len(self.token_ids)

@@ -17,9 +17,9 @@ from fastdeploy.config.schema import EngineConfig
 from fastdeploy.engine.checks import check_limits, check_prompt
 from fastdeploy.engine.disaggregation import PairedRequests
 from fastdeploy.engine.pages import PagePool
-from fastdeploy.engine.prefix_cache import PrefixCache
 from fastdeploy.engine.request import NEVER, Request
-from fastdeploy.engine.step import PlannedStep, StepDraft
+from fastdeploy.engine.reuse import PrefixReuse
+from fastdeploy.engine.step import PlannedStep, StepDraft, gather_prompt_logprobs
 from fastdeploy.engine.waiting import WaitingRoom, by_arrival
 from fastdeploy.errors import EngineError, InvalidRequest, Overloaded, RequestTimeout
 from fastdeploy.wire.messages import (
@@ -49,16 +49,13 @@ class Scheduler:
         """Raises ConfigError when the page count is unknown or the limits of a step would stall a request for ever."""
         limits, cache, n_pages = config.scheduler, config.cache, check_limits(config)
         self._config = config
-        self._model = config.model
         self._limits = limits
         self._page_tokens = cache.page_tokens
         self._max_partial = limits.max_partial_prefills if limits.chunked_prefill else 0
-        self._max_long = limits.max_long_partial_prefills
         self._long_tokens = limits.long_prefill_tokens or NEVER
         self.pool = PagePool(n_pages)
         self.paired = PairedRequests(self.pool)
-        self._prefix_cache = PrefixCache(self.pool, cache.page_tokens) if cache.prefix_caching else None
-        self._output_caching = cache.output_caching
+        self._reuse = PrefixReuse(self.pool, cache)
 
         self._requests: dict[str, Request] = {}  # all that have not ended
         self._running: list[Request] = []  # in order of arrival
@@ -91,14 +88,14 @@ class Scheduler:
         lends = submit.pairing is not None and submit.pairing.role == "prefill"
         if lends:
             max_tokens = 1  # the decode server goes on from there
-        max_model_len, n_room = self._model.max_model_len, self.pool.n_pages * self._page_tokens
+        max_model_len, n_room = self._config.model.max_model_len, self.pool.n_pages * self._page_tokens
         request = Request(
             submit,
             client,
             arrival=self._n_arrived,
             # The last token is not fed back, so it needs no room in a page.
             n_limit=min(max_model_len, n_room + 1, n_prompt + (max_model_len if max_tokens is None else max_tokens)),
-            eos_token_ids=self._model.eos_token_ids,
+            eos_token_ids=self._config.model.eos_token_ids,
             page_tokens=self._page_tokens,
             now_s=now_s,
         )
@@ -146,58 +143,31 @@ class Scheduler:
         )
         return self._end(self._waiting.overdue(now_s - ttl_s), "error", error, RequestTimeout.__name__)
 
-    # ---- requests that two servers compute; see engine/disaggregation.py -------------------------------------------
+    # ---- for the rules of requests that two servers compute; see engine/disaggregation.py --------------------------
 
-    def want(self, request_id: str, first_page: int) -> bool:
-        """A decode server asks for the pages of a prompt from `first_page` on; False when it is not to be had."""
-        request = self.paired.unwanted.pop(request_id, None)
-        if request is None:
-            return False
-        request.first_offered = first_page
-        self._waiting.put(request)
-        return True
+    def find(self, request_id: str) -> Request | None:
+        """The request with this id, unless it has ended."""
+        return self._requests.get(request_id)
 
-    def release(self, request_id: str) -> Deltas:
-        """The decode server is done with a prompt, or computes it itself: it is given up here in any state."""
-        self.paired.take_back(request_id)
-        request = self._requests.get(request_id)
-        return self.abort([request_id]) if request is not None and request.lends_pages else {}
-
-    def refuse(self, request_id: str, error: str) -> Deltas:
+    def fail(self, request: Request, error: str) -> Deltas:
         """End a request with an error: what it waits for does not come."""
-        return self._end([self._requests[request_id]], "error", error, RequestTimeout.__name__)
+        return self._end([request], "error", error, RequestTimeout.__name__)
 
-    def first_token(
-        self,
-        request_id: str,
-        token_id: int,
-        logprobs: TokenLogprobs | None,
-        prompt_logprobs: list[TokenLogprobs | None] | None,
-        now_s: float,
-    ) -> Deltas:
+    def wait(self, request: Request) -> None:
+        """Let a request wait until it is computed here; what it has of slot and pages is given back."""
+        if request.slot >= 0:
+            self._leave_rank(request)
+        self._waiting.put(request)
+
+    def first_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None, now_s: float) -> Deltas:
         """The first token of a request that awaits pages, sampled elsewhere."""
-        request = self.paired.awaiting[request_id]
-        request.prompt_logprobs = prompt_logprobs
-        request.token_ids.append(token_id)
-        request.n_target = request.n_prompt + 1
-        request.first_token_s = request.last_token_s = now_s
+        request.take_first(token_id, now_s)
         self._n_generated_tokens += 1
         reason = request.end_reason()
         delta = request.delta(token_id, reason, logprobs)
         if reason:
             self._forget(request)
         return {request.client: [delta]}
-
-    def fill(self, request_id: str) -> None:
-        """All pages of a request are here and verified, and so is its first token: it decodes from the next step on."""
-        self.paired.filled.append(self.paired.awaiting.pop(request_id))
-
-    def compute_here(self, request_id: str) -> None:
-        """The pages do not come, and nothing writes into them any more: the request waits to be computed here."""
-        request = self.paired.awaiting.pop(request_id)
-        self._leave_rank(request)
-        request.pairing = None
-        self._waiting.put(request)
 
     # ---- plan ----------------------------------------------------------------------------------------------------
 
@@ -210,7 +180,7 @@ class Scheduler:
         draft = StepDraft(self._limits.max_batched_tokens)
         for request in self.paired.filled:
             draft.starts.append(request.resume(self._n_planned_steps))
-            self._set_register_at(request)
+            self._reuse.set_register_at(request)
             insort(self._running, request, key=by_arrival)
         self.paired.filled.clear()
         self._grant_decodes(draft)
@@ -259,8 +229,7 @@ class Scheduler:
         """One page, taken from the requests that came last if need be; none when `request` itself came last."""
         while (pages := self.pool.allocate(1)) is None:
             victim = self._running.pop()
-            self._leave_rank(victim)
-            self._waiting.put(victim)
+            self.wait(victim)
             self._n_preempted += 1
             if victim is request:
                 return []
@@ -284,7 +253,7 @@ class Scheduler:
             # Preempted with samples in flight: its own newest tokens are not known yet.
             if not self._free_slots or not draft.budget or request.n_in_flight:
                 break
-            cached = self._find_cached(request)
+            cached = self._reuse.find(request)
             if request.awaits_pages:  # costs this step nothing; one more token, lest it be preempted at once
                 if not self._start(request, cached, request.n_target + 1, now_s):
                     break
@@ -296,7 +265,7 @@ class Scheduler:
             if n_share < n_lacking:
                 if draft.n_partial >= self._max_partial:
                     break
-                if is_long and draft.n_long >= self._max_long:
+                if is_long and draft.n_long >= self._limits.max_long_partial_prefills:
                     continue
             start = self._start(request, cached, request.n_target, now_s)
             if start is None:
@@ -304,12 +273,6 @@ class Scheduler:
             draft.starts.append(start)
             draft.take(request, n_share, is_long)
             insort(self._running, request, key=by_arrival)
-
-    def _find_cached(self, request: Request) -> list[int]:
-        # Log-probabilities of the prompt need the logits of all its positions.
-        if self._prefix_cache is None or request.params.prompt_logprobs is not None:
-            return []
-        return self._prefix_cache.match(request.names, request.n_target)
 
     def _start(self, request: Request, cached: list[int], n_tokens: int, now_s: float) -> SlotStart | None:
         """Give a request a slot and pages for `n_tokens` tokens; None, and no change, when there are too few pages.
@@ -325,7 +288,7 @@ class Scheduler:
         new = self.pool.allocate(n_new)
         assert new is not None, "pages counted as available are not"
         start = request.start(self._free_slots.pop(), self._n_planned_steps, cached, new, now_s)
-        self._set_register_at(request)
+        self._reuse.set_register_at(request)
         if request.n_starts == 1:
             self._n_prompt_tokens += request.n_prompt
             self._n_cached_tokens += request.n_cached_tokens
@@ -344,8 +307,7 @@ class Scheduler:
         step, n_sampled, some_ended = plan.step, 0, False
         outputs: defaultdict[bytes, list[TokenDelta]] = defaultdict(list)
         self._n_steps += 1
-        if result.prompt_logprobs:
-            self._gather_prompt_logprobs(planned, result)
+        gather_prompt_logprobs(planned, result)
         all_logprobs = result.logprobs or [None] * len(requests)
         for request, n_tokens, samples, token_id, logprobs in zip(
             requests, plan.n_tokens, plan.samples, result.token_ids, all_logprobs, strict=True
@@ -355,7 +317,7 @@ class Scheduler:
             if request.start_step <= step:
                 n_computed = request.n_computed = request.n_computed + n_tokens
                 if n_computed >= request.register_at:
-                    self._register(request)
+                    self._reuse.register(request)
             if not samples:
                 continue
             n_sampled += 1
@@ -384,26 +346,6 @@ class Scheduler:
         if some_ended:
             self._running = [request for request in self._running if request.alive]
         return dict(outputs)
-
-    def _gather_prompt_logprobs(self, planned: PlannedStep, result: StepResult) -> None:
-        for i, chunk in (result.prompt_logprobs or {}).items():
-            request = planned.requests[i]
-            if request.prompt_logprobs is not None and request.start_step <= result.step:
-                request.prompt_logprobs += [position for position in chunk if position is not None]
-
-    def _register(self, request: Request) -> None:
-        """Offer the pages that have become full to the prefix cache."""
-        assert self._prefix_cache is not None
-        n_cacheable = request.n_computed if self._output_caching else min(request.n_computed, request.n_prompt)
-        n_full = n_cacheable // self._page_tokens
-        self._prefix_cache.register(request.names, request.pages, request.n_registered, n_full)
-        request.n_registered = n_full
-        self._set_register_at(request)
-
-    def _set_register_at(self, request: Request) -> None:
-        n_next = (request.n_registered + 1) * self._page_tokens
-        wanted = self._prefix_cache is not None and (self._output_caching or n_next <= request.n_prompt)
-        request.register_at = n_next if wanted else NEVER
 
     # ---- the end of a request ------------------------------------------------------------------------------------
 

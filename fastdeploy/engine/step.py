@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from fastdeploy.engine.request import Request
-from fastdeploy.wire.messages import SlotStart, StepPlan
+from fastdeploy.wire.messages import SlotStart, StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,14 @@ def trimmed(planned: PlannedStep, n_tokens: int) -> PlannedStep:
         new_pages=[plan.new_pages[i] for i in kept],
     )
     return PlannedStep(cut, [planned.requests[i] for i in kept])
+
+
+def gather_prompt_logprobs(planned: PlannedStep, result: StepResult) -> None:
+    """Hand what a step found at prompt positions to the requests that asked for it."""
+    for i, chunk in (result.prompt_logprobs or {}).items():
+        request = planned.requests[i]
+        if request.prompt_logprobs is not None and request.start_step <= result.step:
+            request.prompt_logprobs += [position for position in chunk if position is not None]
 
 
 class StepDraft:

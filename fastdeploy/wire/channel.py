@@ -17,7 +17,8 @@ import zmq
 import zmq.asyncio
 
 from fastdeploy.wire.control import OfferEvent, WantCommand
-from fastdeploy.wire.messages import Command, Event, GroupCommand, GroupEvent
+from fastdeploy.wire.group import GroupCommand, GroupEvent
+from fastdeploy.wire.messages import Command, Event
 
 Received = TypeVar("Received")
 

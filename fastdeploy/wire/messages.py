@@ -16,8 +16,8 @@ from fastdeploy.transfer.base import Endpoint, PageSet
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 
 
-class _Message(msgspec.Struct, tag=True, frozen=True, array_like=True, gc=False):
-    """Base of all messages."""
+class Message(msgspec.Struct, tag=True, frozen=True, array_like=True, gc=False):
+    """Base of all messages that a union of types tells apart."""
 
 
 # ---- front end -> engine core ------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ class Pairing(msgspec.Struct, frozen=True, array_like=True, gc=False):
     port: int
 
 
-class Submit(_Message, frozen=True):
+class Submit(Message, frozen=True):
     """One request with one answer (n > 1 is n of these)."""
 
     request_id: str
@@ -43,29 +43,29 @@ class Submit(_Message, frozen=True):
     data_rank: int | None = None  # the only rank that may run it; None leaves the choice to the front end
 
 
-class Abort(_Message, frozen=True):
+class Abort(Message, frozen=True):
     """Forget these requests; each still alive answers with finish reason "abort"."""
 
     request_ids: list[str]
 
 
-class Withdraw(_Message, frozen=True):
+class Withdraw(Message, frozen=True):
     """Give back up to `n_requests` of this front end's requests that never ran, those that came last first."""
 
     n_requests: int
 
 
-class Siblings(_Message, frozen=True):
+class Siblings(Message, frozen=True):
     """Control ports of all engine cores of this server; see wire/control.py."""
 
     ports: list[int]
 
 
-class Hello(_Message, frozen=True):
+class Hello(Message, frozen=True):
     """A front end introduces itself and wants Ready and Status."""
 
 
-class Shutdown(_Message, frozen=True):
+class Shutdown(Message, frozen=True):
     """Stop; with expert parallelism as soon as no other rank of the group needs this one."""
 
 
@@ -109,19 +109,19 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error_kind: str | None = None  # class in `fastdeploy.errors`, where the request was refused or given up
 
 
-class StepOutput(_Message, frozen=True):
+class StepOutput(Message, frozen=True):
     """All that one step produced for one front end."""
 
     deltas: list[TokenDelta]
 
 
-class Withdrawn(_Message, frozen=True):
+class Withdrawn(Message, frozen=True):
     """These requests have left this core without a token."""
 
     request_ids: list[str]
 
 
-class LoadProgress(_Message, frozen=True):
+class LoadProgress(Message, frozen=True):
     """Start-up progress; `total` 0 means unknown."""
 
     stage: str
@@ -130,11 +130,11 @@ class LoadProgress(_Message, frozen=True):
     unit: str
 
 
-class Starting(_Message, frozen=True):
+class Starting(Message, frozen=True):
     """Heartbeat of an engine core whose ranks are not ready yet."""
 
 
-class Ready(_Message, frozen=True):
+class Ready(Message, frozen=True):
     """The engine takes requests. `stages_s` names each start-up stage and its seconds."""
 
     n_pages: int
@@ -157,7 +157,7 @@ class PairingStatus(msgspec.Struct, frozen=True, array_like=True, gc=False):
     n_fallbacks_of_reason: dict[str, int] = {}  # prompts computed here after all
 
 
-class Status(_Message, frozen=True):
+class Status(Message, frozen=True):
     """State of one engine core, sent about once a second, and sooner when it turns busy or idle."""
 
     n_running: int
@@ -177,7 +177,7 @@ class Status(_Message, frozen=True):
     pairing: PairingStatus = PairingStatus()
 
 
-class EngineFailed(_Message, frozen=True):
+class EngineFailed(Message, frozen=True):
     """The engine core cannot go on; `kind` names the class in `fastdeploy.errors`."""
 
     kind: str
@@ -200,77 +200,11 @@ class StepAgreement(msgspec.Struct, frozen=True, array_like=True, gc=False):
     use_graph: bool
 
 
-class GroupStore(_Message, frozen=True):
+class GroupStore(Message, frozen=True):
     """Rank 0 of a process group of several ranks opened the store at which the others join; sent as soon as it can."""
 
     host: str
     port: int
-
-
-# ---- engine core -> hub of its expert-parallel group, and back; see engine/group.py ---------------------------------
-
-
-class Join(_Message, frozen=True):
-    """A core wants to be `data_rank` of the group; repeated until the group is complete."""
-
-    data_rank: int
-    fingerprint: str  # of what must be equal on all ranks
-
-
-class Vote(_Message, frozen=True):
-    """What a core would compute in step `step` of the group."""
-
-    step: int
-    n_tokens: int
-    graph_ok: bool
-    n_prompt_tokens: int = 0  # of these, tokens of prompts, of which it would also take fewer
-
-
-class Alive(_Message, frozen=True):
-    """Said every second, both ways."""
-
-
-class Leave(_Message, frozen=True):
-    """A core is done: it takes part in others' steps until all want to leave. With `error` it has failed."""
-
-    error: str | None = None
-
-
-class Complete(_Message, frozen=True):
-    """All cores of the group are there."""
-
-
-class Missing(_Message, frozen=True):
-    """The group is not complete yet: these data-parallel ranks are awaited."""
-
-    data_ranks: list[int]
-
-
-class StepOpen(_Message, frozen=True):
-    """A core has work for step `step`: vote."""
-
-    step: int
-
-
-class Agreed(_Message, frozen=True):
-    """All have voted for step `step`."""
-
-    step: int
-    agreement: StepAgreement
-
-
-class GroupFailed(_Message, frozen=True):
-    """The group has come to an end, and why."""
-
-    reason: str
-
-
-class Dismissed(_Message, frozen=True):
-    """All cores want to leave: stop."""
-
-
-GroupCommand: TypeAlias = Join | GroupStore | Vote | Alive | Leave
-GroupEvent: TypeAlias = Missing | Complete | GroupStore | StepOpen | Agreed | Alive | GroupFailed | Dismissed
 
 
 # ---- engine core -> ranks ----------------------------------------------------------------------------------------
@@ -296,7 +230,7 @@ class PageOrder(msgspec.Struct, frozen=True, array_like=True, gc=False):
     page_ids: list[int]
 
 
-class StepPlan(_Message, frozen=True):
+class StepPlan(Message, frozen=True):
     """One step of the ranks. The arrays `slots`, `n_tokens`, `samples` and `new_pages` run in parallel.
 
     A grant of slot s computes the next `n_tokens` tokens after those computed before; where `samples` holds, its last
@@ -313,7 +247,7 @@ class StepPlan(_Message, frozen=True):
     orders: list[PageOrder] = []  # of a prefill server
 
 
-class PullPages(_Message, frozen=True):
+class PullPages(Message, frozen=True):
     """Read pages of another server's rank into `page_ids`, within `patience_s`; `PullEnded` is the answer."""
 
     pull_id: int
@@ -323,26 +257,26 @@ class PullPages(_Message, frozen=True):
     patience_s: float
 
 
-class CancelPull(_Message, frozen=True):
+class CancelPull(Message, frozen=True):
     """Give a pull up; `PullEnded` follows unless it was sent already."""
 
     pull_id: int
 
 
-class ForgetPulls(_Message, frozen=True):
+class ForgetPulls(Message, frozen=True):
     """The request is over: what was read for it need not be remembered."""
 
     request_id: str
 
 
-class JoinGroup(_Message, frozen=True):
+class JoinGroup(Message, frozen=True):
     """Where the ranks of the process group meet: the TCP store of its rank 0."""
 
     host: str
     port: int
 
 
-class Stop(_Message, frozen=True):
+class Stop(Message, frozen=True):
     """The rank ends."""
 
 
@@ -353,7 +287,7 @@ RankCommand: TypeAlias = StepPlan | PullPages | CancelPull | ForgetPulls | JoinG
 # ---- ranks -> engine core ----------------------------------------------------------------------------------------
 
 
-class StepResult(_Message, frozen=True):
+class StepResult(Message, frozen=True):
     """What a step sampled: one entry per grant of the plan, -1 where nothing was sampled."""
 
     step: int
@@ -362,14 +296,14 @@ class StepResult(_Message, frozen=True):
     prompt_logprobs: dict[int, list[TokenLogprobs | None]] | None  # grant index -> its prompt positions of this chunk
 
 
-class PagesComputed(_Message, frozen=True):
+class PagesComputed(Message, frozen=True):
     """Pages that were ordered are complete in some layers; the first is page `first_page` of the prompt."""
 
     first_page: int
     pages: PageSet
 
 
-class PullEnded(_Message, frozen=True):
+class PullEnded(Message, frozen=True):
     """Nothing writes into the pages of this pull any more. Without `error` they are filled and verified."""
 
     pull_id: int
@@ -377,7 +311,7 @@ class PullEnded(_Message, frozen=True):
     error: str | None = None
 
 
-class RankReady(_Message, frozen=True):
+class RankReady(Message, frozen=True):
     """The rank has its weights and its pages; `endpoint` says how they are read, if they may be."""
 
     n_pages: int
@@ -387,14 +321,14 @@ class RankReady(_Message, frozen=True):
     endpoint: Endpoint | None = None
 
 
-class RankAlive(_Message, frozen=True):
+class RankAlive(Message, frozen=True):
     """Heartbeat: `n_layers_done` counts decoder layers since start; it stands still when the rank is stuck."""
 
     n_layers_done: int
     n_rows_of_expert: dict[int, int] = {}  # of the experts here, over all layers; empty: not counted, or as before
 
 
-class RankFailed(_Message, frozen=True):
+class RankFailed(Message, frozen=True):
     """The rank cannot go on; `kind` names the class in `fastdeploy.errors`."""
 
     kind: str
@@ -419,7 +353,7 @@ class GroupAddress(msgspec.Struct, frozen=True, array_like=True, gc=False):
     patience_s: float  # how long to wait for the others
 
 
-class CoreBoot(_Message, frozen=True):
+class CoreBoot(Message, frozen=True):
     """What an engine core is started with."""
 
     config: EngineConfig
@@ -429,7 +363,7 @@ class CoreBoot(_Message, frozen=True):
     public_key: bytes
 
 
-class RankBoot(_Message, frozen=True):
+class RankBoot(Message, frozen=True):
     """What a rank is started with."""
 
     config: EngineConfig

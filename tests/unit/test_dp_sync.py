@@ -6,20 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.engine.dp_sync import SILENCE_LIMIT_S, Hub, agree
-from fastdeploy.wire.messages import (
-    Agreed,
-    Alive,
-    Complete,
-    Dismissed,
-    GroupFailed,
-    GroupStore,
-    Join,
-    Leave,
-    Missing,
-    StepAgreement,
-    StepOpen,
-    Vote,
-)
+from fastdeploy.wire.group import Agreed, Alive, Complete, Dismissed, GroupFailed, Join, Leave, Missing, StepOpen, Vote
+from fastdeploy.wire.messages import GroupStore, StepAgreement
 
 NAMES = [b"a", b"b", b"c"]
 

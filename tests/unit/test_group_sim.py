@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.errors import EngineDeadError
-from fastdeploy.wire.messages import Abort, Leave, Shutdown, Submit, Withdraw
+from fastdeploy.wire.group import Leave
+from fastdeploy.wire.messages import Abort, Shutdown, Submit, Withdraw
 
 pytestmark = pytest.mark.timeout(280)
 
