@@ -7,7 +7,8 @@ streamed; greedy, seeded, with log-probabilities, with two answers) and breaks s
 compared, token for token, with that of a mixed server. Afterwards no server may hold a page of anybody.
 kill: SIGKILL to the server, which is started again at once. stop: SIGSTOP to all its processes, for 10 s. full: decode
 has pages for few requests. abort: clients leave at random. restart: SIGTERM and a new one.
-Recovery: from the fault (of a stop: from its end) until the router's answer is right again and came from both servers.
+Recovery: from the fault (of a stop, and where the load is the fault, from its end) until the router's answer is right
+again and came from both servers; the question stands behind all others.
 Ends with status 1 when a check fails. With --faults the others are kept as they are in the result file.
 """
 
@@ -98,6 +99,9 @@ async def one_round(
             role: Role = "prefill" if fault.endswith("prefill") else "decode"
             pair.nodes[role].signal_all(signal.SIGCONT)
             since_s = time.monotonic()
+        if fault in ("full", "abort"):  # the load is the fault
+            await asyncio.wait(asked)
+            since_s = time.monotonic()
         probe = asyncio.create_task(recover(pair, bodies[0], expected[0], since_s))
         outcomes = await asyncio.gather(*asked)
         recovery_s = await probe
@@ -107,6 +111,7 @@ async def one_round(
     fallbacks = {k: v for k, v in metrics_of(pair.nodes["decode"].url).items() if "pd_fallbacks_total{" in k}
     return {
         "verdicts": dict(Counter(verdicts)),
+        "wrong": [i for i, verdict in enumerate(verdicts) if verdict == "wrong"],
         "errors": Counter(found.error[:160] for found in outcomes if found.error).most_common(3),
         "recovery_s": round(recovery_s, 2),
         "answers_s": round(answers_s, 2),
@@ -191,6 +196,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="a folder; without it the demo model")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers end with it
     args.model = args.model or build_demo_model(show_progress=False)
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     path = args.output or RESULTS / f"pd_faults-{date}.json"

@@ -136,6 +136,7 @@ class RouterMetrics:
         placer, decisions = self._placer, {}
         if isinstance(placer, PairPlacer):
             decisions = {"pair": placer.n_pairs, "short": placer.n_short, "cached": placer.n_cached}
+            decisions["failed"] = placer.n_failed
         return msgspec.structs.replace(self._seen, servers=servers, counts=counts, decisions=decisions)
 
 

@@ -89,7 +89,8 @@ class MixedPlacer:
 
 
 class PairPlacer:
-    """A prefill server by its policy and a decode server by another; or decode alone where a transfer does not pay.
+    """A prefill server by its policy and a decode server by another; or decode alone where a transfer does not pay, or
+    no prefill server is left that has not failed the request.
 
     The counters say how often which was decided.
     """
@@ -105,13 +106,11 @@ class PairPlacer:
         self._seen = PrefixIndex(scheduler.cache_block_size, scheduler.eviction_duration_mins * 60)
         self.policies: Sequence[Policy] = (self._prefill, self._decode)
         self.wants_text = self._min_tokens > 0 or any(policy.needs_text for policy in self.policies)
-        self.n_pairs = self.n_short = self.n_cached = 0
+        self.n_pairs = self.n_short = self.n_cached = self.n_failed = 0
 
     def can_place(self, tried: Collection[str]) -> bool:
-        """See `Placer`."""
-        return bool(self._registry.available_without(tried, "prefill")) and bool(
-            self._registry.available_without(tried, "decode")
-        )
+        """See `Placer`. Where all prefill servers have failed a request, a decode server is enough."""
+        return bool(self._registry.available_without(tried, "decode"))
 
     def place(self, figures: PromptFigures, now_s: float, tried: Collection[str]) -> Placement | None:
         """See `Placer`."""
@@ -120,8 +119,11 @@ class PairPlacer:
         if alone is not None:
             return Placement(alone)
         prefills = self._registry.available_without(tried, "prefill")
-        if not prefills or not decodes:
+        if not decodes or not (prefills or tried):
             return None
+        if not prefills:
+            self.n_failed += 1
+            return Placement(_chosen(self._decode, decodes, figures, now_s))
         sizes = {server.record.tp_size for server in decodes}
         fitting = [one for one in prefills if 1 in sizes or one.record.tp_size in sizes]
         if not fitting:

@@ -142,12 +142,35 @@ def test_another_pair_is_tried_before_the_first_byte(bad: Script, bad_role: str)
     asyncio.run(main())
 
 
+def test_without_prefill_decode_does_it_all() -> None:
+    """The only prefill server dies while it has the request: no client is told."""
+    n = 0
+
+    async def waits_for_prefill(request: dict[str, Any], writer: Writer) -> None:
+        nonlocal n
+        n += 1
+        await (stalls if n == 1 else says("D"))(request, writer)
+
+    async def main() -> None:
+        async with running(dies, waits_for_prefill, roles=PAIR) as (run, (_, decode)):
+            status, headers, answer = await run.ask()
+            assert (status, json.loads(answer)["from"]) == (200, "D")
+            assert "x-router-prefill-url" not in headers
+            assert "disaggregate_info" not in json.loads(decode.requests[1]["body"])
+            await until(lambda: decode.n_gone == 1, "the end of its half")
+            page = (await run.ask("GET", b"/metrics", b""))[2].decode()
+            assert 'router_pd_decisions_total{decision="failed"} 1.0' in page
+            run.check_idle()
+
+    asyncio.run(main())
+
+
 def test_when_nobody_else_is_there() -> None:
     async def main() -> None:
-        async with running(dies, stalls, roles=PAIR) as (run, (_, decode)):
+        async with running(stalls, dies, roles=PAIR) as (run, (prefill, _)):
             status, _, answer = await run.ask()
             assert (status, "Failed to connect" in json.loads(answer)["error"]["message"]) == (502, True)
-            await until(lambda: decode.n_gone == 1, "the end of its half")
+            await until(lambda: prefill.n_gone == 1, "the end of its half")
             run.check_idle()
         async with running(refuses("400 X"), stalls, roles=PAIR) as (run, (_, decode)):
             status, _, answer = await run.ask()
