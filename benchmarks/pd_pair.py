@@ -160,8 +160,8 @@ def make_prompts(n: int, seed: int, longest: int) -> list[list[int]]:
 def body_of(number: int, prompt: list[int], max_tokens: int) -> dict[str, Any]:
     """A request: greedy, seeded or two answers, by its number; always the same.
 
-    Seeded ones take top_k: in the long tail of a nearly flat distribution the order of tokens, and so the token drawn,
-    hangs on the last bit of a logit, which on any server differs from batch to batch.
+    Seeded ones take top_k: after random tokens the model finds thousands of tokens equally likely, and which of them is
+    drawn hangs on the last bits of the logits, which on any server differ from batch to batch.
     """
     seeded: dict[str, Any] = {"temperature": 0.8, "seed": number, "top_k": 8}
     more = {**seeded, "n": 2} if number % 10 == 9 else seeded if number % 3 == 1 else {"temperature": 0}

@@ -6,7 +6,7 @@ Owns the n answers of one request: their engine requests, detokenising, stop str
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -82,20 +82,21 @@ class Generator:
         params: SamplingParams,
         pairing: Pairing | None = None,
         dp_rank: int | None = None,
+        output_ids: Sequence[int] = (),
     ) -> AsyncGenerator[list[ChoiceDelta], None]:
         """The answers of one request, of `params` from `check`; each item is what came since the last.
 
-        `pairing`: see `Submit`. Closing the generator ends the request at once. Raises RequestError: what the engine
-        refused, or EngineUnavailable.
+        `pairing`, `output_ids`: see `Submit`; the answer begins with the latter. Closing the generator ends the
+        request at once. Raises RequestError: what the engine refused, or EngineUnavailable.
         """
         if request_id in self._alive:
             raise InvalidRequest(f"request_id {request_id!r} is in use by a request that has not ended", "request_id")
-        answers = {f"{request_id}_{i}": _Answer(i, self.tokenizer, params) for i in range(params.n)}
+        answers = {f"{request_id}_{i}": _Answer(i, self.tokenizer, params, output_ids) for i in range(params.n)}
         self._alive[request_id] = list(answers)
         inbox = Inbox()
         self.metrics.request_received()
         try:
-            self._engine.submit(_submits(answers, prompt_ids, params, pairing, dp_rank), inbox)
+            self._engine.submit(_submits(answers, prompt_ids, params, pairing, dp_rank, output_ids), inbox)
             for _ in answers:
                 self.metrics.request_started()
             running = len(answers)
@@ -167,8 +168,12 @@ class Generator:
 class _Answer:
     """One of the n answers of a request."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, params: SamplingParams, output_ids: Sequence[int] = ()
+    ) -> None:
+        """`output_ids` were generated before; they come with the first tokens."""
         self.index = index
+        self._known = list(output_ids)
         self.ended = False
         self.stopped_here = False  # by a stop string, which the engine knows nothing of
         self.finish_reason: FinishReason | None = None
@@ -191,6 +196,9 @@ class _Answer:
             self.ended, self.finish_reason = True, "error"
             raise _request_error(delta)
         self._note_times(delta)
+        if self._known:
+            delta = msgspec.structs.replace(delta, token_ids=self._known + delta.token_ids)
+            self._known = []
         finish = delta.finish_reason
         stop_reason: int | str | None = self._stop_reason(delta)
         hidden = stop_reason is not None and not self._show_stop_token
@@ -227,7 +235,7 @@ class _Answer:
         self.n_cached_tokens = delta.n_cached_tokens
         if self.n_tokens == 0 and delta.times is not None and delta.token_ids:
             self.first_times = delta.times
-        elif delta.token_ids:
+        elif delta.token_ids and self._last_s:
             self.gap_s = now_s - self._last_s
             self.gap_tokens = len(delta.token_ids)
         self._last_s = now_s
@@ -240,6 +248,7 @@ def _submits(
     params: SamplingParams,
     pairing: Pairing | None,
     dp_rank: int | None,
+    output_ids: Sequence[int],
 ) -> list[Submit]:
     """One engine request per answer; answer i draws with seed + i."""
     now_s, seed = time.time(), params.seed or 0
@@ -250,6 +259,7 @@ def _submits(
             msgspec.structs.replace(params, n=1, best_of=None, seed=(seed + i) % (MAX_SEED + 1)),
             now_s,
             pairing,
+            output_ids=list(output_ids),
             data_rank=dp_rank,
         )
         for i, engine_id in enumerate(answers)

@@ -10,7 +10,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,6 +163,7 @@ class FakeGenerator:
         params: SamplingParams,
         pairing: Pairing | None = None,
         dp_rank: int | None = None,
+        output_ids: Sequence[int] = (),
     ) -> AsyncGenerator[list[ChoiceDelta], None]:
         self.submitted.append((request_id, prompt_ids, params))
         stop = self._alive[request_id] = asyncio.Event()

@@ -124,6 +124,28 @@ def test_the_same_as_a_mixed_server(mixed: Server, pair: Pair, body: dict[str, A
     pair.check_nothing_lent()
 
 
+def test_an_answer_that_was_begun_elsewhere(mixed: Server, pair: Pair) -> None:
+    """completion_token_ids: a router hands over what another server had to give up."""
+    wanted: dict[str, Any] = {"prompt": PROMPTS[5], "max_tokens": 12, "return_token_ids": True, "temperature": 0.9}
+    wanted["seed"] = 3
+    whole = choices(mixed.complete(**wanted))[0]
+    info = {"prefill_ip": "127.0.0.1", "prefill_connector_port": pair.port}
+    for n_known in (1, 5, 11):
+        known = whole["completion_token_ids"][:n_known]
+        at_decode = {"request_id": f"begun{n_known}", "disaggregate_info": info}
+        for server, more in ((mixed, {}), (pair.decode, {}), (pair.decode, at_decode)):
+            answer = server.complete(**wanted, **more, completion_token_ids=known)
+            (found,) = choices(answer)
+            assert (found["completion_token_ids"], found["text"]) == (whole["completion_token_ids"], whole["text"])
+            assert answer.json()["usage"]["completion_tokens"] == 12
+    for bad in ({"n": 2}, {"logprobs": 1}, {"max_tokens": 5}, {"prompt": PROMPTS[:2]}):
+        refused = mixed.complete(**{**wanted, **bad}, completion_token_ids=[5, 6, 7, 8, 9])
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "completion_token_ids"
+    assert mixed.complete(**wanted, completion_token_ids=[10**6]).status_code == 400
+    pair.check_nothing_lent()
+
+
 def test_a_dead_prefill_server_costs_time_and_no_answer(mixed: Server, pair: Pair) -> None:
     """Last of this file: the prefill server is killed."""
     pair.prefill.kill()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdeploy.entrypoints.openai.events import ChunkForm
 from fastdeploy.entrypoints.openai.job import Job
+from fastdeploy.entrypoints.openai.known_output import known_output
 from fastdeploy.entrypoints.openai.logprobs import chat_logprobs
 from fastdeploy.entrypoints.openai.pairing import pairing_of
 from fastdeploy.entrypoints.openai.prompts import chat_prompt
@@ -54,6 +55,7 @@ async def accept(
         pairing=pairing_of(request, state.config),
         tokens_per_chunk=request.max_streaming_response_tokens or 1,
     )
+    job.output_ids = known_output(request, job, state.config.model.shape.vocab_size)
     job.set_stream_options(request.stream_options)
     return job, ChatAnswer(job, generator.tokenizer)
 

@@ -48,6 +48,7 @@ class Job:
     tokens_per_chunk: int = 1
     prompt_only: bool = False  # the client wants the prompt's log-probabilities and no output
     pairing: Pairing | None = None
+    output_ids: list[int] = field(default_factory=list)  # the answer begins with them
     created_s: float = field(default_factory=time.time)
     n_completion_tokens: int = 0
     n_cached_tokens: int = 0
@@ -87,7 +88,7 @@ class Job:
         Raises `GenerationFailed` when the engine gives up one of the answers.
         """
         streams = [
-            generator.generate(engine_id, prompt.ids, params, self.pairing, self.dp_rank)
+            generator.generate(engine_id, prompt.ids, params, self.pairing, self.dp_rank, self.output_ids)
             for engine_id, prompt, params in zip(live.engine_ids, self.prompts, self.params, strict=True)
         ]
         seen: set[int] = set()

@@ -9,7 +9,10 @@ from fastdeploy.wire.messages import Pairing
 
 
 def pairing_of(request: GenerationRequest, config: EngineConfig) -> Pairing | None:
-    """What the engine is told; None for a request of this server alone. Raises InvalidRequest."""
+    """What the engine is told; None for a request of this server alone. Raises InvalidRequest.
+
+    An answer that was begun elsewhere is finished by one server: its pages hold more than a prompt.
+    """
     info = request.disaggregate_info
     if info is None:
         return None
@@ -28,4 +31,4 @@ def pairing_of(request: GenerationRequest, config: EngineConfig) -> Pairing | No
         raise InvalidRequest(
             f"disaggregate_info.prefill_connector_port {text!r}: must be in 1..65535", "disaggregate_info"
         )
-    return Pairing(role, info.prefill_ip, int(text))
+    return None if request.completion_token_ids else Pairing(role, info.prefill_ip, int(text))

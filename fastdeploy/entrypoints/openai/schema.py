@@ -74,7 +74,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         "mm_hashes",
         "include_draft_logprobs",
         "reasoning_max_tokens",
-        "completion_token_ids",
     )
 
     model: str | None = None
@@ -122,7 +121,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     mm_hashes: Any = None
     include_draft_logprobs: bool | None = None
     reasoning_max_tokens: int | None = None
-    completion_token_ids: Any = None
+    completion_token_ids: list[Count] | None = None
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
