@@ -41,9 +41,10 @@ _MAX_TILE_BYTES = 220_000  # shared memory of one multiprocessor, less what is n
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What is tuned: routed and shared experts, sizes, experts per token."""
+    """What is tuned: a rank's routed and shared experts, those routed to on all ranks, sizes, experts per token."""
 
     n_experts: int
+    n_all_experts: int
     n_shared: int
     hidden_size: int
     width: int
@@ -127,7 +128,7 @@ class Tuner:
         return best, self._seconds(inputs, best)
 
     def _best_few(self, inputs: Inputs, n_tokens: int, direct: bool) -> MoEPlan:
-        fp8, n_rows = self.shape.fp8, n_tokens * self.shape.top_k / self.shape.n_experts
+        fp8, n_rows = self.shape.fp8, n_tokens * self.shape.top_k / self.shape.n_all_experts
         ups, downs = list(few_tiles(n_rows, 2, fp8)), list(few_tiles(n_rows, 1, fp8))
         first = self._fastest(inputs, [MoEPlan(few=FewPlan(gate_up=t, down=downs[0], direct=direct)) for t in ups]).few
         assert first is not None
@@ -147,8 +148,9 @@ class Tuner:
         k, inputs = self.shape.top_k, list[tuple[Tensor, Tensor, Tensor]]()
         for _ in range(8 if n_tokens <= 16 else 2):
             x_tH = torch.randn(n_tokens, self.shape.hidden_size, device="cuda", dtype=torch.bfloat16)
-            expert_tk = torch.rand(n_tokens, self.shape.n_experts, device="cuda").topk(k).indices
-            inputs.append((x_tH, expert_tk, torch.rand(n_tokens, k, device="cuda")))
+            expert_tk = torch.rand(n_tokens, self.shape.n_all_experts, device="cuda").topk(k).indices
+            # n_experts stands for those of other ranks.
+            inputs.append((x_tH, expert_tk.clamp_max(self.shape.n_experts), torch.rand(n_tokens, k, device="cuda")))
         return inputs
 
     def _fastest(self, inputs: Inputs, plans: Sequence[MoEPlan]) -> MoEPlan:
@@ -186,16 +188,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, what in {
         "--experts": "routed experts of one rank",
+        "--all-experts": "routed experts of all ranks (default: of one); a step's tokens are those of all ranks then",
         "--shared": "shared experts that are computed with them",
         "--hidden-size": "hidden size",
         "--width": "width of one expert",
         "--top-k": "experts per token",
     }.items():
-        parser.add_argument(flag, type=int, required=flag != "--shared", default=0, help=what)
+        parser.add_argument(flag, type=int, required=flag not in ("--shared", "--all-experts"), default=0, help=what)
     parser.add_argument("--fp8", action="store_true", help="block-wise FP8 weights")
     parser.add_argument("--folder", type=Path, help="where the table goes (default: beside the kernels)")
     args = parser.parse_args(argv)
-    shape = Shape(args.experts, args.shared, args.hidden_size, args.width, args.top_k, args.fp8)
+    n_all = args.all_experts or args.experts
+    shape = Shape(args.experts, n_all, args.shared, args.hidden_size, args.width, args.top_k, args.fp8)
     print(tune(shape, folder=args.folder))
 
 
