@@ -152,6 +152,15 @@ def test_the_server_with_fewer_requests_is_asked(fleet: Servers) -> None:
         assert not stream.failed
 
 
+def test_a_client_that_leaves_frees_its_server(fleet: Servers) -> None:
+    body = {"prompt": "hello", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{fleet.url}/v1/completions", json=body, timeout=PATIENCE_S) as answer:
+        pieces = answer.iter_bytes()  # held: the connection is closed with it
+        next(pieces)
+        wait_for(lambda: sum(fleet.n_running()) == 1, what="one running request")
+    wait_for(lambda: sum(fleet.n_running()) == 0, what="free servers")
+
+
 def test_a_dead_server_is_gone_round(fleet: Servers) -> None:
     """Killed with requests that wait for their whole answer, which the client then gets from the other server; the
     health of the whole stays good."""
