@@ -35,7 +35,12 @@ class Entry:
     local: bool = False  # in an engine of this server
     taken_s: float | None = None  # Redis' time at which the node said that it has the attempt
     next_seq: int = 0
-    output_ids: list[int] = field(default_factory=list)
+    output_ids: list[int] = field(default_factory=list)  # what the answer has; a request may come with some
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a token was generated for it here or on a node."""
+        return len(self.output_ids) > len(self.request.output_ids)
 
     @property
     def n_tokens(self) -> int:
@@ -132,7 +137,7 @@ class Accepted:
 
     def expire(self, now_s: float, ttl_s: float) -> None:
         """Fail those that have no token `ttl_s` seconds after they came."""
-        late = [e for e in self.entries.values() if not e.output_ids and now_s - e.request.arrival_s > ttl_s]
+        late = [e for e in self.entries.values() if not e.has_begun and now_s - e.request.arrival_s > ttl_s]
         for entry in late:
             self._cancel(entry)
             self.fail(entry, RequestTimeout(f"no token within {ttl_s:.0f} s (--scheduler-ttl)"))
@@ -142,7 +147,7 @@ class Accepted:
         return [
             e
             for e in self.entries.values()
-            if not e.local and e.nodes and (e.nodes[0] in nodes or (not e.output_ids and not nodes.isdisjoint(e.nodes)))
+            if not e.local and e.nodes and (e.nodes[0] in nodes or (not e.has_begun and not nodes.isdisjoint(e.nodes)))
         ]
 
     def remote(self) -> list[Entry]:

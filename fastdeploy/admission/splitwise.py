@@ -169,11 +169,7 @@ class SplitwisePlacement:
         for entry in self._room.accepted.remote():
             for node in entry.nodes:
                 record = nodes.get(node)
-                if (
-                    record is not None
-                    and (entry.taken_s is None or entry.taken_s >= record.ts)
-                    and not entry.output_ids
-                ):
+                if record is not None and (entry.taken_s is None or entry.taken_s >= record.ts) and not entry.has_begun:
                     loads[node] += 1 if record.role == "decode" else entry.n_tokens
         return nodes, loads
 
