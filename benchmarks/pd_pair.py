@@ -126,8 +126,6 @@ class Outcome:
     error: str = ""
     finished: bool = False
     left: bool = False
-    logprobs: dict[int, list[float]] = field(default_factory=dict)
-    ttft_s: float = 0.0
 
     def take(self, answer: dict[str, Any]) -> None:
         """A piece of the answer, or all of it."""
@@ -136,8 +134,6 @@ class Outcome:
             return
         for choice in answer["choices"]:
             self.tokens.setdefault(choice["index"], []).extend(choice.get("completion_token_ids") or [])
-            if choice.get("logprobs"):
-                self.logprobs.setdefault(choice["index"], []).extend(choice["logprobs"]["token_logprobs"])
 
     def verdict(self, expected: Outcome) -> str:
         """`right`, `left`, `error`, or what must not be: `wrong`, `no reason`."""
@@ -173,7 +169,7 @@ async def ask(
     client: httpx.AsyncClient, url: str, body: dict[str, Any], *, stream: bool, leave_after_s: float | None = None
 ) -> Outcome:
     """One request to its end, or until its client leaves."""
-    outcome, start_s = Outcome(), time.monotonic()
+    outcome = Outcome()
     try:
         async with asyncio.timeout(ANSWER_S if leave_after_s is None else leave_after_s):
             if not stream:
@@ -186,7 +182,6 @@ async def ask(
                     if line.startswith("data: [DONE]"):
                         outcome.finished = True
                     elif line.startswith(("data: ", "{")):
-                        outcome.ttft_s = outcome.ttft_s or time.monotonic() - start_s
                         outcome.take(json.loads(line.removeprefix("data: ")))
     except TimeoutError:
         outcome.left = leave_after_s is not None

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+import pytest
 
 Result = TypeVar("Result")
 
@@ -69,23 +71,26 @@ def ip(*args: str) -> None:
 
 @contextmanager
 def two_machines() -> Iterator[tuple[Machine, Machine]]:
-    """Two namespaces that reach each other and nothing else. Raises OSError or CalledProcessError where that cannot
-    be, as without root."""
+    """Two namespaces that reach each other and nothing else. Skips the test where they cannot be made."""
+    with ExitStack() as made:
+        try:
+            machines = _connected(made)
+        except (OSError, subprocess.CalledProcessError) as error:
+            detail = getattr(error, "stderr", "") or error
+            pytest.skip(f"needs root and the command ip (iproute2) to make network namespaces: {detail}")
+        yield machines
+
+
+def _connected(made: ExitStack) -> tuple[Machine, Machine]:
     number = os.getpid()
-    machines = tuple(Machine(f"fd{number}{c}", f"fd{number}{c}", f"10.77.0.{i}") for i, c in enumerate("ab", 1))
-    made = []
-    try:
-        for machine in machines:
-            ip("netns", "add", machine.namespace)
-            made.append(machine)
-            ip("-n", machine.namespace, "link", "set", "lo", "up")
-        first, second = machines
-        peer = ("type", "veth", "peer", "name", second.device, "netns", second.namespace)
-        ip("-n", first.namespace, "link", "add", first.device, *peer)
-        for machine in machines:
-            ip("-n", machine.namespace, "addr", "add", f"{machine.address}/24", "dev", machine.device)
-            machine.plug(connected=True)
-        yield first, second
-    finally:
-        for machine in made:
-            ip("netns", "del", machine.namespace)
+    first, second = (Machine(f"fd{number}{c}", f"fd{number}{c}", f"10.77.0.{i}") for i, c in enumerate("ab", 1))
+    for machine in (first, second):
+        ip("netns", "add", machine.namespace)
+        made.callback(ip, "netns", "del", machine.namespace)
+        ip("-n", machine.namespace, "link", "set", "lo", "up")
+    peer = ("type", "veth", "peer", "name", second.device, "netns", second.namespace)
+    ip("-n", first.namespace, "link", "add", first.device, *peer)
+    for machine in (first, second):
+        ip("-n", machine.namespace, "addr", "add", f"{machine.address}/24", "dev", machine.device)
+        machine.plug(connected=True)
+    return first, second

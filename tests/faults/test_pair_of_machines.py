@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -88,12 +87,7 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list
 @pytest.fixture(scope="module")
 def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     with ExitStack() as stack:
-        try:
-            machines = stack.enter_context(two_machines())
-        except (OSError, subprocess.CalledProcessError) as error:
-            detail = getattr(error, "stderr", "") or error
-            pytest.skip(f"needs root and the command ip (iproute2) to make network namespaces: {detail}")
-        halves = []
+        machines, halves = stack.enter_context(two_machines()), []
         for machine, role in zip(machines, ("prefill", "decode"), strict=True):
             halves.append(Half(machine, model, tmp_path_factory.mktemp(role) / "run", role))
             stack.callback(halves[-1].kill)
