@@ -85,11 +85,19 @@ class SharedRegion:
 
         Raises EngineDeadError naming a rank that is gone or does not come in time.
         """
+        self.announce()
+        self.wait()
+
+    def announce(self) -> None:
+        """The first half of `meet`: what was written is there for the others. Leave the buffer alone until `wait`."""
         self._n_met = (self._n_met + 1) % _WRAP
         if not self._is_ordered:
             self._wake()  # a system call keeps the counter behind the data
         self._counters[self.rank * (_COUNTER_BYTES // 4)] = self._n_met
         self._wake()
+
+    def wait(self) -> None:
+        """The second half of `meet`: what the others have written is there. Raises EngineDeadError as that does."""
         for rank in range(self.size):
             if rank != self.rank and not self._has_come(rank):
                 self._wait_for(rank)

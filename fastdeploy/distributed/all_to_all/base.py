@@ -6,6 +6,7 @@ and leaves alone those that none of its experts wants. So nothing waits for the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
@@ -91,8 +92,11 @@ class AllToAll(Protocol):
         """Send this rank's rows, n_rows_g[its group rank] of them, and get those of all."""
         ...
 
-    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched) -> Tensor:
-        """For each row of this rank, [t, H], the sum over all ranks of what their experts gave."""
+    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched, own: Callable[[], Tensor] | None = None) -> Tensor:
+        """For each row of this rank, [t, H], the sum over all ranks of what their experts gave.
+
+        `own` computes what this rank adds to its rows, [t, H]: called once, if possible while others are waited for.
+        """
         ...
 
 

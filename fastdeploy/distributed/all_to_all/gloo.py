@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +47,7 @@ class GlooAllToAll:
         x_rH, expert_rk, weight_rk = unpack_rows(message_rB, self._rows, routing.weight_tk.dtype)
         return Dispatched(x_rH, Routing(self._local_id_e[expert_rk], weight_rk), n_rows_g)
 
-    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched) -> Tensor:
+    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched, own: Callable[[], Tensor] | None = None) -> Tensor:
         assert isinstance(y_rH, Tensor), "slots are added up before"
         n_mine, row_bytes = sent.n_rows_g[self._rank], self._rows.row_bytes
         y_gtH = y_rH.new_empty(self._size, n_mine, self._rows.hidden_size)
@@ -57,5 +58,7 @@ class GlooAllToAll:
                 [n_mine * row_bytes] * self._size,
                 [n * row_bytes for n in sent.n_rows_g],
             )
+            own_tH = own() if own is not None else None
             work.wait()
-        return sum_in_order(list(y_gtH))
+        y_tH = sum_in_order(list(y_gtH))
+        return y_tH if own_tH is None else y_tH + own_tH

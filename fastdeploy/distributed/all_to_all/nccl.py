@@ -5,6 +5,7 @@ Row counts of all ranks are equal inside a graph; otherwise rows that make them 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,13 +45,16 @@ class NcclAllToAll:
         x_rH, expert_rk, weight_rk = unpack_rows(message_rB, self._rows, routing.weight_tk.dtype)
         return Dispatched(x_rH, Routing(self._local_id_e[expert_rk], weight_rk), n_rows_g)
 
-    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched) -> Tensor:
+    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched, own: Callable[[], Tensor] | None = None) -> Tensor:
         assert isinstance(y_rH, Tensor), "slots are added up before"
         y_gtH = y_rH.new_empty(self._size, y_rH.shape[0] // self._size, y_rH.shape[1])
         with group_errors(self._name):
-            self._group.alltoall_base(y_gtH.view(y_rH.shape), y_rH.contiguous(), [], []).wait()
+            work = self._group.alltoall_base(y_gtH.view(y_rH.shape), y_rH.contiguous(), [], [])
+            own_tH = own() if own is not None else None
+            work.wait()
         # Added in float32: partial sums of half precision would lose more with every rank.
-        return y_gtH[:, : sent.n_rows_g[self._rank]].sum(0, dtype=torch.float32).to(y_rH.dtype)
+        y_tH = y_gtH[:, : sent.n_rows_g[self._rank]].sum(0, dtype=torch.float32).to(y_rH.dtype)
+        return y_tH if own_tH is None else y_tH + own_tH
 
     def _pad(self, x_tH: Tensor, routing: Routing, n: int) -> tuple[Tensor, Routing]:
         k, nowhere = self._rows.n_experts_per_token, self._rows.n_experts

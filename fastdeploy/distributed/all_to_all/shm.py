@@ -6,6 +6,7 @@ view. Combining, each rank writes what its experts gave for all rows, and adds u
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,12 +80,15 @@ class SharedAllToAll:
         local_rk = self._local_id_e.take(views.whole.expert_rk)
         return Dispatched(views.whole.x_rH, Routing(local_rk, views.whole.weight_rk), n_rows_g)
 
-    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched) -> Tensor:
+    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched, own: Callable[[], Tensor] | None = None) -> Tensor:
         assert isinstance(y_rH, Tensor), "slots are added up before"
         views = self._views_of(sent.n_rows_g, sent.routing.weight_tk.dtype)
         views.given_rH.copy_(y_rH)
-        self._region.meet()
-        return sum_in_order(views.back_gtH)
+        self._region.announce()
+        own_tH = own() if own is not None else None
+        self._region.wait()
+        y_tH = sum_in_order(views.back_gtH)
+        return y_tH if own_tH is None else y_tH + own_tH
 
     def _views_of(self, n_rows_g: tuple[int, ...], weight_dtype: torch.dtype) -> _Views:
         """Those of the buffer whose turn it is; steps repeat sizes over all their layers, and often each other's."""

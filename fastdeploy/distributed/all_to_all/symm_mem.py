@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -58,10 +60,11 @@ class SymmetricAllToAll:
         routing = Routing(self._expert_rk[:n_rows], self._weight_rk[:n_rows])
         return Dispatched(self._x_rH[:n_rows], routing, n_rows_g)
 
-    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched) -> Tensor:
+    def combine(self, y_rH: Tensor | SlotOutputs, sent: Dispatched, own: Callable[[], Tensor] | None = None) -> Tensor:
         if isinstance(y_rH, Tensor):  # one slot, added as it is
             y_rH = SlotOutputs(y_rH.contiguous(), None, None, self._n_local, 1)
-        return combine_rows(self._view, y_rH, sent.n_rows_g)
+        y_tH = combine_rows(self._view, y_rH, sent.n_rows_g)
+        return y_tH if own is None else y_tH + own()
 
     def _part(self, begin: int, n_rows: int, n_columns: int, dtype: torch.dtype) -> Tensor:
         n_bytes = n_rows * n_columns * dtype.itemsize

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +63,7 @@ class SparseMoE(nn.Module):
         if self.peers.where.spreads_experts:
             y_tH = self._exchange(x_tH, routing, step.agreement)
         else:
-            y_tH = self._compute(x_tH, routing)
-        if self.shared is not None:
-            y_tH = y_tH + self.shared(x_tH)
+            y_tH = self._add_shared(self._compute(x_tH, routing), x_tH)
         return self.peers.all_reduce_sum(y_tH)
 
     def count_loads(self) -> None:
@@ -92,8 +92,11 @@ class SparseMoE(nn.Module):
         y_rH: Tensor = self.experts(x_rH, routing)
         return y_rH
 
+    def _add_shared(self, y_tH: Tensor, x_tH: Tensor) -> Tensor:
+        return y_tH if self.shared is None else y_tH + self.shared(x_tH)
+
     def _exchange(self, x_tH: Tensor, routing: Routing, agreement: StepAgreement | None) -> Tensor:
-        """All ranks' experts' part: of the rows that this tensor rank sends, zero for those that another sends."""
+        """All ranks' experts' part of the rows that this tensor rank sends, and the shared FFN of all rows here."""
         where, all_to_all = self.peers.where, self.peers.all_to_all
         if agreement is None:  # one replica needs none: its ranks have the same rows
             agreement = StepAgreement([x_tH.shape[0]], x_tH.shape[0], False)
@@ -101,20 +104,24 @@ class SparseMoE(nn.Module):
         begin, _ = run_of(x_tH.shape[0], where.n_tensor, where.tensor_rank)
         pieces = cut_into_pieces(n_rows_g, all_to_all.max_rows)
         if len(pieces) == 1 and where.n_tensor == 1:
-            return self._exchange_piece(x_tH, routing, n_rows_g)
+            own = None if self.shared is None else partial(self.shared, x_tH)
+            return self._exchange_piece(x_tH, routing, n_rows_g, own)
         y_tH = torch.zeros_like(x_tH)
         for piece in pieces:
             first = begin + piece.first_g[where.group_rank]
             rows = slice(first, first + piece.n_rows_g[where.group_rank])
             part = replace(routing, expert_tk=routing.expert_tk[rows], weight_tk=routing.weight_tk[rows])
             y_tH[rows] = self._exchange_piece(x_tH[rows], part, piece.n_rows_g)
-        return y_tH
+        return self._add_shared(y_tH, x_tH)
 
-    def _exchange_piece(self, x_tH: Tensor, routing: Routing, n_rows_g: tuple[int, ...]) -> Tensor:
+    def _exchange_piece(
+        self, x_tH: Tensor, routing: Routing, n_rows_g: tuple[int, ...], own: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """`own`: see AllToAll.combine."""
         sent = self.peers.all_to_all.dispatch(x_tH, routing, n_rows_g)
         if self.peers.all_to_all.adds_slots and self.load_e is None:
             from fastdeploy.layers.moe.fused_experts import FusedExperts
 
             assert isinstance(self.experts, FusedExperts), "on GPUs there are no others"
-            return self.peers.all_to_all.combine(self.experts.slots(sent.x_rH, sent.routing), sent)
-        return self.peers.all_to_all.combine(self._compute(sent.x_rH, sent.routing), sent)
+            return self.peers.all_to_all.combine(self.experts.slots(sent.x_rH, sent.routing), sent, own)
+        return self.peers.all_to_all.combine(self._compute(sent.x_rH, sent.routing), sent, own)
