@@ -143,6 +143,7 @@ class EngineClient:
         self._channel = FrontEndChannel(engine.endpoint, engine.public_key)
         self._inboxes: dict[str, Sink] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._unsent: list[Submit | Abort | Withdraw | Siblings] = []
         self._sends: set[asyncio.Task[None]] = set()
         self._death: asyncio.Future[EngineError] = asyncio.get_running_loop().create_future()
         self._status: Status | None = None
@@ -237,9 +238,16 @@ class EngineClient:
             raise EngineUnavailable(f"the engine stopped: {self._death.result()}")
 
     def _send(self, command: Submit | Abort | Withdraw | Siblings) -> None:
-        task = asyncio.create_task(self._channel.send(command))
-        self._sends.add(task)
-        task.add_done_callback(self._sends.discard)
+        """What is said in one turn of the event loop goes together: prompts of one call share their first step."""
+        self._unsent.append(command)
+        if len(self._unsent) == 1:
+            task = asyncio.create_task(self._send_unsent())
+            self._sends.add(task)
+            task.add_done_callback(self._sends.discard)
+
+    async def _send_unsent(self) -> None:
+        commands, self._unsent = self._unsent, []
+        await self._channel.send(*commands)
 
     async def _receive(self, ready: asyncio.Future[Ready], on_progress: Callable[[LoadProgress], None]) -> None:
         while True:

@@ -2,7 +2,8 @@
 
 A program takes one kv head of one sequence and one part of its context, with the query heads that share the kv head as
 the rows of its matrix products. The program that finishes last of a sequence's parts joins them, so that a short
-context costs one launch and a long one still fills the GPU. Imported only where Triton is; the reference is
+context costs one launch and a long one still fills the GPU. What rotates the new token's query and key and stores its
+key and value is in it as well, for steps in which every row decodes. Imported only where Triton is; the reference is
 `attention_ref`.
 """
 
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeploy.kernels.overlap import await_previous, overlaps
+from fastdeploy.kernels.rope_kv import turned
 
 _PROGRAMS_PER_SM = 4
 _MIN_SPLITS, _MAX_SPLITS = 4, 32
@@ -63,6 +65,19 @@ class DecodeRows:
     page_table: Tensor  # int32 [rows, pages]
 
 
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """What the kernel needs to do `rope_and_store`'s work for its rows.
+
+    qkv_thd: contiguous [t, heads + 2 kv heads, D], not rotated yet; rotation_td complex64 [t, D/2]; slot_s: where row
+    s's key and value go, of an integer type, below 0 for nowhere: they are seen by this row's query all the same.
+    """
+
+    qkv_thd: Tensor
+    rotation_td: Tensor
+    slot_s: Tensor
+
+
 class DecodeScratch:
     """Memory for the parts of up to `max_seqs` sequences; calls on one stream may share it."""
 
@@ -96,10 +111,12 @@ def decode_attention(
     rows: DecodeRows,
     scratch: DecodeScratch,
     tuning: DecodeTuning,
+    new: NewTokens | None = None,
 ) -> None:
     """Write the attention of the rows' queries into their rows of `out_thd`; the other rows stay as they are.
 
-    q [t, heads, D] may be a slice of a larger tensor with contiguous heads; out is contiguous.
+    q [t, heads, D] may be a slice of a larger tensor with contiguous heads; out is contiguous. With `new`, q is of its
+    qkv, which stays as it is, and what it describes becomes the last token of each context; no context is 0 then.
     """
     n_seqs = rows.row_s.shape[0]
     if n_seqs == 0:
@@ -119,6 +136,8 @@ def decode_attention(
         scratch.out_pgd,
         scratch.lse_pg,
         scratch.n_done,
+        scratch.lse_pg if new is None else torch.view_as_real(new.rotation_td),
+        rows.row_s if new is None else new.slot_s,
         q_thd.stride(0),
         out_thd.stride(0),
         rows.page_table.stride(0),
@@ -133,6 +152,7 @@ def decode_attention(
         MIN_BLOCKS=max(1, min_split // tuning.block),
         STAGES=tuning.n_stages,
         PRECISION="ieee" if q_thd.dtype == torch.float32 else "tf32",
+        NEW=new is not None,
         PDL=pdl,
         num_warps=tuning.n_warps,
         launch_pdl=pdl,
@@ -152,6 +172,8 @@ def _decode_kernel(  # noqa: PLR0915 one kernel, one launch
     part_out_ptr,
     part_lse_ptr,
     n_done_ptr,
+    rotation_ptr,
+    slot_ptr,
     q_stride,
     out_stride,
     table_stride,
@@ -166,15 +188,19 @@ def _decode_kernel(  # noqa: PLR0915 one kernel, one launch
     MIN_BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    NEW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    await_previous(PDL)
     kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # The kernel right before this one made q; all else that is read here is older.
     n_context = tl.load(n_context_ptr + seq)
+    if NEW:
+        n_context -= 1  # in pages; the new token comes from qkv
     n_blocks = tl.cdiv(n_context, BLOCK)
     blocks_each = tl.maximum(tl.cdiv(n_blocks, N_SPLITS), MIN_BLOCKS)
     n_used = tl.maximum(tl.cdiv(n_blocks, blocks_each), 1)
     if split >= n_used:
+        await_previous(PDL)
         return
     first = split * blocks_each * BLOCK
     last = tl.minimum(first + blocks_each * BLOCK, n_context)
@@ -185,11 +211,29 @@ def _decode_kernel(  # noqa: PLR0915 one kernel, one launch
     exists = member < N_SHARING
     head = kv_head * N_SHARING + member
     dim = tl.arange(0, HEAD_DIM)
+    if NEW:
+        turn = tl.load(rotation_ptr + row * HEAD_DIM + dim)
+        slot = tl.load(slot_ptr + seq).to(tl.int64)
+    await_previous(PDL)
     q = tl.load(q_ptr + row * q_stride + head[:, None] * HEAD_DIM + dim[None, :], mask=exists[:, None], other=0.0)
 
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    if NEW:
+        q = turned(q, turn, ROWS, HEAD_DIM)
+        if split == n_used - 1:  # this program's last key is the new one, with which its sums begin
+            k_at = q_ptr + row * q_stride + (N_KV_HEADS * N_SHARING + kv_head) * HEAD_DIM + dim[None, :]
+            k = turned(tl.load(k_at), turn, 1, HEAD_DIM).to(pages_ptr.dtype.element_ty)
+            v = tl.load(k_at + N_KV_HEADS * HEAD_DIM).to(pages_ptr.dtype.element_ty)
+            if slot >= 0:
+                key_row = (slot // PAGE_TOKENS * 2 * N_KV_HEADS + kv_head) * PAGE_TOKENS + slot % PAGE_TOKENS
+                into = pages_ptr + key_row * HEAD_DIM + dim[None, :]
+                tl.store(into, k)
+                tl.store(into + N_KV_HEADS * PAGE_TOKENS * HEAD_DIM, v)
+            top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
+            total += 1.0
+            acc += v.to(tl.float32)
     for start in tl.range(first, last, BLOCK, num_stages=STAGES):
         at = start + tl.arange(0, BLOCK)
         counts = at < n_context

@@ -18,7 +18,7 @@ from fastdeploy.kernels.moe_many import down_many, gate_up_many
 from fastdeploy.kernels.moe_many_fp8 import down_many_fp8, gate_up_many_fp8
 from fastdeploy.kernels.moe_rows import SlotOutputs, gather_rows, sort_pairs
 from fastdeploy.kernels.moe_tiles import FewPlan, ManyPlan, MoETiles
-from fastdeploy.kernels.quantize import dequantize_blocks, quantize_rows
+from fastdeploy.kernels.quantize import RowsFp8, dequantize_blocks, quantize_rows
 from fastdeploy.kernels.silu_mul import silu_mul
 
 
@@ -67,17 +67,23 @@ def fused_moe(x_tH: Tensor, weights: ExpertWeights, expert_tk: Tensor, weight_tk
 
 
 def moe_slots(
-    x_tH: Tensor, weights: ExpertWeights, expert_tk: Tensor, weight_tk: Tensor, tiles: MoETiles
+    x_tH: Tensor,
+    weights: ExpertWeights,
+    expert_tk: Tensor,
+    weight_tk: Tensor,
+    tiles: MoETiles,
+    rows8: RowsFp8 | None = None,
 ) -> SlotOutputs:
-    """`fused_moe` but for the last addition."""
+    """`fused_moe` but for the last addition. `rows8`: what `quantize_rows` makes of x, if it is known already."""
     expert_tk = expert_tk.contiguous()
     plan = tiles.plan(x_tH.shape[0])
     if plan.few is not None:
-        y_pH = _few(x_tH, weights, expert_tk, plan.few)
+        y_pH = _few(x_tH, weights, expert_tk, plan.few, rows8)
         return SlotOutputs(y_pH, expert_tk, weight_tk, weights.n_local, weights.n_shared)
     assert plan.many is not None, "a plan holds one of the two ways"
     if weights.gate_up_scale is not None and weights.down_scale is not None:
-        y_pH = _many_fp8(x_tH, weights, weights.gate_up_scale, weights.down_scale, expert_tk, tiles.n_sms)
+        rows8 = rows8 or quantize_rows(x_tH)
+        y_pH = _many_fp8(rows8, weights, weights.gate_up_scale, weights.down_scale, expert_tk, tiles.n_sms)
         return SlotOutputs(y_pH, expert_tk, weight_tk, weights.n_local, weights.n_shared)
     # A dense matmul is faster than a grouped one, so what all rows pass goes another way here.
     y_pH = _many(x_tH, weights, expert_tk, plan.many, tiles.n_sms)
@@ -85,7 +91,7 @@ def moe_slots(
     return SlotOutputs(y_pH, expert_tk, weight_tk, weights.n_local, 0, base_tH)
 
 
-def _few(x_tH: Tensor, weights: ExpertWeights, expert_tk: Tensor, plan: FewPlan) -> Tensor:
+def _few(x_tH: Tensor, weights: ExpertWeights, expert_tk: Tensor, plan: FewPlan, rows8: RowsFp8 | None) -> Tensor:
     n_local, n_shared = weights.n_local, weights.n_shared
     pair_p, offset_g = (None, None) if plan.direct else sort_pairs(expert_tk, n_local, n_shared)
     groups = Groups(expert_tk, n_local, n_shared, pair_p, offset_g)
@@ -93,8 +99,8 @@ def _few(x_tH: Tensor, weights: ExpertWeights, expert_tk: Tensor, plan: FewPlan)
         return down_few(
             gate_up_few(x_tH, weights.gate_up_eXH, groups, plan.gate_up), weights.down_eHM, groups, plan.down
         )
-    x8 = quantize_rows(x_tH)
-    h8 = gate_up_few_fp8(*x8, weights.gate_up_eXH, weights.gate_up_scale, groups, plan.gate_up)
+    rows8 = rows8 or quantize_rows(x_tH)
+    h8 = gate_up_few_fp8(*rows8, weights.gate_up_eXH, weights.gate_up_scale, groups, plan.gate_up)
     return down_few_fp8(*h8, weights.down_eHM, weights.down_scale, groups, plan.down, like=x_tH)
 
 
@@ -121,12 +127,11 @@ def _shared_ffn(x_tH: Tensor, weights: ExpertWeights) -> Tensor:
 
 
 def _many_fp8(
-    x_tH: Tensor, weights: ExpertWeights, gate_up_scale: Tensor, down_scale: Tensor, expert_tk: Tensor, n_sms: int
+    rows8: RowsFp8, weights: ExpertWeights, gate_up_scale: Tensor, down_scale: Tensor, expert_tk: Tensor, n_sms: int
 ) -> Tensor:
     """All slots."""
     n_slots = expert_tk.shape[1] + weights.n_shared
     pair_p, offset_g = sort_pairs(expert_tk, weights.n_local, weights.n_shared)
-    x8_tH, x_scale = quantize_rows(x_tH)
-    x8_pH = gather_rows(x8_tH, pair_p, offset_g, n_slots)
-    h8 = gate_up_many_fp8(x8_pH, x_scale, weights.gate_up_eXH, gate_up_scale, pair_p, offset_g, n_slots, n_sms)
+    x8_pH = gather_rows(rows8.codes_tI, pair_p, offset_g, n_slots)
+    h8 = gate_up_many_fp8(x8_pH, rows8.scale_bt, weights.gate_up_eXH, gate_up_scale, pair_p, offset_g, n_slots, n_sms)
     return down_many_fp8(*h8, weights.down_eHM, down_scale, pair_p, offset_g, n_sms)

@@ -6,6 +6,8 @@ activations are quantised on every step by a kernel.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -68,15 +70,22 @@ def dequantize_int4(packed_OJ: Tensor, scales: Tensor) -> Tensor:
     return codes * scales.repeat_interleave(INT4_GROUP, -1)
 
 
-def quantize_rows_ref(x_tI: Tensor) -> tuple[Tensor, Tensor]:
+class RowsFp8(NamedTuple):
+    """Activations in FP8: codes [t, I], and the float32 scale of each 1 x 128 block [I / 128, t]."""
+
+    codes_tI: Tensor
+    scale_bt: Tensor
+
+
+def quantize_rows_ref(x_tI: Tensor) -> RowsFp8:
     """What `quantize_rows` computes."""
     values = x_tI.float().unflatten(-1, (-1, FP8_BLOCK))
     scale = (values.abs().amax(-1) / _FP8_MAX).clamp_min(_MIN_SCALE)
-    return (values / scale[..., None]).flatten(-2).to(torch.float8_e4m3fn), scale.T.contiguous()
+    return RowsFp8((values / scale[..., None]).flatten(-2).to(torch.float8_e4m3fn), scale.T.contiguous())
 
 
-def quantize_rows(x_tI: Tensor, offset_g: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """FP8 codes [t, I] and float32 scales [I / 128, t] of activations; I must be a multiple of 128.
+def quantize_rows(x_tI: Tensor, offset_g: Tensor | None = None) -> RowsFp8:
+    """Activations in FP8; I must be a multiple of 128.
 
     With `offset_g` (of `moe_rows.sort_pairs`) rows behind offset_g[-1] are not written.
     """
@@ -91,7 +100,7 @@ def quantize_rows(x_tI: Tensor, offset_g: Tensor | None = None) -> tuple[Tensor,
             offset_g is not None, triton.next_power_of_2(width // FP8_BLOCK), FP8_BLOCK, pdl, num_warps=4,
             launch_pdl=pdl,
         )  # fmt: skip
-    return codes_tI, scale_bt
+    return RowsFp8(codes_tI, scale_bt)
 
 
 @triton.jit

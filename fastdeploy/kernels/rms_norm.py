@@ -1,4 +1,4 @@
-"""RMSNorm on a GPU: plain, with the residual addition before it, and over the heads of a token.
+"""RMSNorm on a GPU: plain, with the residual addition before it (and FP8 codes beside it), and over heads of a token.
 
 Imported only where Triton is. The references define the results; the kernels compute in float32 and round once.
 """
@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeploy.kernels.overlap import await_previous, overlaps
+from fastdeploy.kernels.quantize import FP8_BLOCK, RowsFp8, quantize_rows_ref, to_fp8
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,26 +39,40 @@ def rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
     _launch_norm(x, x, weight, eps)
 
 
+def add_rms_norm_fp8_ref(
+    x_tH: Tensor, residual_tH: Tensor, weight_H: Tensor, eps: float
+) -> tuple[Tensor, Tensor, RowsFp8]:
+    """`add_rms_norm_ref`, and what `quantize_rows` makes of the norm."""
+    normed_tH, sum_tH = add_rms_norm_ref(x_tH, residual_tH, weight_H, eps)
+    return normed_tH, sum_tH, quantize_rows_ref(normed_tH)
+
+
 def add_rms_norm(x_tH: Tensor, residual_tH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As the reference, for contiguous [t, H]."""
+    return _launch_add_norm(x_tH, residual_tH, weight_H, eps, None)
+
+
+def add_rms_norm_fp8(x_tH: Tensor, residual_tH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor, RowsFp8]:
+    """As the reference, for contiguous [t, H], H a multiple of 128."""
+    n_rows, size = x_tH.shape
+    assert size % FP8_BLOCK == 0, f"the hidden size is {size}, no multiple of {FP8_BLOCK}"
+    codes_tH = torch.empty(n_rows, size, dtype=torch.float8_e4m3fn, device=x_tH.device)
+    rows8 = RowsFp8(codes_tH, torch.empty(size // FP8_BLOCK, n_rows, dtype=torch.float32, device=x_tH.device))
+    return *_launch_add_norm(x_tH, residual_tH, weight_H, eps, rows8), rows8
+
+
+def _launch_add_norm(
+    x_tH: Tensor, residual_tH: Tensor, weight_H: Tensor, eps: float, rows8: RowsFp8 | None
+) -> tuple[Tensor, Tensor]:
     n_rows, size = x_tH.shape
     normed_tH, sum_tH = torch.empty_like(x_tH), torch.empty_like(x_tH)
     if n_rows:
-        block = triton.next_power_of_2(size)
-        pdl = overlaps(x_tH.device)
+        block, pdl = triton.next_power_of_2(size), overlaps(x_tH.device)
+        codes, scales = (normed_tH, normed_tH) if rows8 is None else rows8
         _add_rms_norm_kernel[(n_rows,)](
-            x_tH,
-            residual_tH,
-            normed_tH,
-            sum_tH,
-            weight_H,
-            eps,
-            SIZE=size,
-            BLOCK=block,
-            PDL=pdl,
-            num_warps=_n_warps(block),
-            launch_pdl=pdl,
-        )
+            x_tH, residual_tH, normed_tH, sum_tH, weight_H, codes, scales, eps, n_rows, size, block,
+            rows8 is not None, FP8_BLOCK, pdl, num_warps=_n_warps(block), launch_pdl=pdl,
+        )  # fmt: skip
     return normed_tH, sum_tH
 
 
@@ -117,18 +132,11 @@ def _rms_norm_kernel(
     tl.store(out_ptr + outer * out_outer + inner * out_inner + column, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _add_rms_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    normed_ptr,
-    sum_ptr,
-    weight_ptr,
-    eps,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, residual_ptr, normed_ptr, sum_ptr, weight_ptr, code_ptr, scale_ptr, eps, n_rows, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, FP8: tl.constexpr, FP8_BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < SIZE
@@ -142,4 +150,12 @@ def _add_rms_norm_kernel(
     tl.store(sum_ptr + at, rounded, mask=inside)
     total = rounded.to(tl.float32)
     y = total * tl.rsqrt(tl.sum(total * total, 0) / SIZE + eps) * weight
-    tl.store(normed_ptr + at, y.to(normed_ptr.dtype.element_ty), mask=inside)
+    y = y.to(normed_ptr.dtype.element_ty)
+    tl.store(normed_ptr + at, y, mask=inside)
+    if FP8:
+        n_blocks: tl.constexpr = BLOCK // FP8_BLOCK
+        code, scale = to_fp8(tl.reshape(y.to(tl.float32), (n_blocks, FP8_BLOCK)), n_blocks, FP8_BLOCK)
+        block = tl.arange(0, n_blocks)
+        place = block[:, None] * FP8_BLOCK + tl.arange(0, FP8_BLOCK)
+        tl.store(code_ptr + row * SIZE + place, code, mask=place < SIZE)
+        tl.store(scale_ptr + block.to(tl.int64) * n_rows + row, scale, mask=block < SIZE // FP8_BLOCK)

@@ -59,6 +59,16 @@ def rope_and_store(qkv_thd: Tensor, rotation_td: Tensor, slot_t: Tensor, pages: 
 
 
 @triton.jit
+def turned(x, turn, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """x [ROWS, HEAD_DIM], neighbouring pairs turned by `turn` [HEAD_DIM], cosines and sines side by side."""
+    cos, sin = tl.split(tl.reshape(turn, (HEAD_DIM // 2, 2)))
+    real, imag = tl.split(tl.reshape(x.to(tl.float32), (ROWS, HEAD_DIM // 2, 2)))
+    turned_real = real * cos[None, :] - imag * sin[None, :]
+    turned_imag = real * sin[None, :] + imag * cos[None, :]
+    return tl.reshape(tl.join(turned_real, turned_imag), (ROWS, HEAD_DIM)).to(x.dtype)
+
+
+@triton.jit
 def _rope_kv_kernel(
     qkv_ptr,
     rotation_ptr,
@@ -82,12 +92,7 @@ def _rope_kv_kernel(
     at = (token * n_all + head[:, None]) * HEAD_DIM + dim[None, :]
     x = tl.load(qkv_ptr + at, mask=exists[:, None], other=0.0)
     turn = tl.load(rotation_ptr + token * HEAD_DIM + dim)
-    cos, sin = tl.split(tl.reshape(turn, (HEAD_DIM // 2, 2)))
-    real, imag = tl.split(tl.reshape(x.to(tl.float32), (BLOCK_HEADS, HEAD_DIM // 2, 2)))
-    turned_real = real * cos[None, :] - imag * sin[None, :]
-    turned_imag = real * sin[None, :] + imag * cos[None, :]
-    turned = tl.reshape(tl.join(turned_real, turned_imag), (BLOCK_HEADS, HEAD_DIM))
-    y = tl.where(turns[:, None], turned.to(x.dtype), x)
+    y = tl.where(turns[:, None], turned(x, turn, BLOCK_HEADS, HEAD_DIM), x)
     tl.store(qkv_ptr + at, y, mask=turns[:, None])
     slot = tl.load(slot_ptr + token).to(tl.int64)
     if slot >= 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from fastdeploy.layers.norm import RMSNorm
 from fastdeploy.layers.placement import Placement
 from fastdeploy.models.weights import WeightSource
 from fastdeploy.runner.step import StepContext
+
+if TYPE_CHECKING:
+    from fastdeploy.kernels.moe_rows import SlotOutputs
 
 
 @runtime_checkable
@@ -41,14 +44,26 @@ class ResidualBlock(nn.Module):
         self.ffn_norm = RMSNorm(shape.hidden_size, shape.norm_eps, place)
         self.ffn = ffn
 
-    def forward(self, y_tH: Tensor, x_tH: Tensor | None, step: StepContext) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, y_tH: Tensor | SlotOutputs, x_tH: Tensor | None, step: StepContext
+    ) -> tuple[Tensor | SlotOutputs, Tensor]:
         """From (what the sub-layer before gave, what it is to be added to) to the same of this block.
 
-        The addition is left to the next norm, which is one pass with it on a GPU. None is zero.
+        The addition is left to the next norm, which is one pass with it on a GPU; there also that of a row's experts.
+        None is zero.
         """
         normed_tH, x_tH = self.attention_norm.add(y_tH, x_tH)
-        normed_tH, x_tH = self.ffn_norm.add(self.attention(normed_tH, step), x_tH)
-        return self.ffn(normed_tH, step), x_tH
+        attended_tH: Tensor = self.attention(normed_tH, step)
+        ffn = self.ffn
+        if not isinstance(ffn, SparseMoE) or (experts := ffn.whole) is None:
+            normed_tH, x_tH = self.ffn_norm.add(attended_tH, x_tH)
+            return ffn(normed_tH, step), x_tH
+        rows8 = None
+        if experts.fp8:
+            normed_tH, x_tH, rows8 = self.ffn_norm.add_fp8(attended_tH, x_tH)
+        else:
+            normed_tH, x_tH = self.ffn_norm.add(attended_tH, x_tH)
+        return ffn.slots(normed_tH, experts, rows8), x_tH
 
     def load(self, weights: WeightSource, name: str) -> None:
         """Fill from the tensors under `NAME`."""
@@ -86,10 +101,12 @@ class Decoder(nn.Module):
 
     def forward(self, ids_t: Tensor, step: StepContext) -> Tensor:
         """Final hidden states [t, H] of tokens ids [t]."""
-        y_tH: Tensor = self.embed(ids_t)
+        y_tH: Tensor | SlotOutputs = self.embed(ids_t)
         x_tH: Tensor | None = None
         for layer in self.layers:
             y_tH, x_tH = layer(y_tH, x_tH, step)
+        if not isinstance(y_tH, Tensor):
+            y_tH = y_tH.summed()
         return y_tH if x_tH is None else x_tH + y_tH
 
     def logits(self, x_rH: Tensor) -> Tensor:

@@ -60,10 +60,11 @@ class _ServerChannel(Generic[Received]):
         """(sender, message) for all that has arrived; does not wait."""
         while True:
             try:
-                client, data = self.socket.recv_multipart(zmq.NOBLOCK)
+                client, *parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            yield client, self._decode(data)
+            for data in parts:
+                yield client, self._decode(data)
 
     def send(self, client: bytes, event: Any) -> bool:
         """Send to one of those who have spoken; False when it is gone."""
@@ -176,9 +177,9 @@ class FrontEndChannel:
         self._socket.sndhwm = self._socket.rcvhwm = 0
         self._socket.connect(endpoint)
 
-    async def send(self, command: Any) -> None:
-        """Send one command."""
-        await self._socket.send(_encode(command))
+    async def send(self, *commands: Any) -> None:
+        """Send commands that arrive together: the core takes in all of them before it plans a step."""
+        await self._socket.send_multipart([_encode(command) for command in commands])
 
     async def receive(self) -> Any:
         """The next event."""

@@ -1,7 +1,8 @@
 """Paged attention in Triton kernels: rotary embedding and storing in one, decoding in one, prompt chunks in one.
 
 Pages are [n_pages, 2, kv heads, page_tokens, D], so that a head's keys of a page lie side by side. Sequences with one
-new token go to the decode kernel, all others to the prefill kernel, in the same step.
+new token go to the decode kernel, all others to the prefill kernel, in the same step. In captured steps the decode
+kernel does all of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ import torch
 from torch import Tensor
 
 from fastdeploy.errors import ConfigError
-from fastdeploy.kernels.attention_decode import DecodeRows, DecodeScratch, decode_attention, decode_tuning
+from fastdeploy.kernels.attention_decode import (
+    DecodeRows,
+    DecodeScratch,
+    NewTokens,
+    decode_attention,
+    decode_tuning,
+)
 from fastdeploy.kernels.attention_hopper import TILE, fits_hopper, prefill_attention_hopper
 from fastdeploy.kernels.attention_prefill import PrefillTiles, PrefillTuning, cut_tiles, prefill_attention
 from fastdeploy.kernels.rope_kv import rope_and_store
@@ -32,6 +39,7 @@ class TritonAttentionPlan:
     decode: DecodeRows | None
     prefill: PrefillTiles | None
     scratch: DecodeScratch  # held here, as a captured graph goes on using that of its capture
+    one_each: bool = False  # every row is one decoding sequence's, in order
 
 
 class TritonAttention:
@@ -87,17 +95,21 @@ class TritonAttention:
         self._make_room(n_seqs)
         row_s = torch.arange(n_seqs, dtype=torch.int32, device=self.device)
         rows = DecodeRows(row_s, batch.table_row_s, batch.n_context_s, batch.page_table)
-        return TritonAttentionPlan(batch.slot_t, rows, None, self._scratch)
+        return TritonAttentionPlan(batch.slot_t, rows, None, self._scratch, one_each=True)
 
     def attend(self, qkv_thd: Tensor, layer: int, step: StepContext) -> Tensor:
         plan, pages, n_heads = step.attention, step.pages_l[layer], self.shape.n_heads
         assert isinstance(plan, TritonAttentionPlan)
-        rope_and_store(qkv_thd, step.rotation_td, plan.slot_t, pages)
+        new = None
+        if plan.one_each:
+            new = NewTokens(qkv_thd, step.rotation_td, plan.slot_t)
+        else:
+            rope_and_store(qkv_thd, step.rotation_td, plan.slot_t, pages)
         q_thd = qkv_thd[:, :n_heads]
         out_thd = torch.empty(q_thd.shape, dtype=q_thd.dtype, device=q_thd.device)
         if plan.decode is not None:
             tuning = decode_tuning(plan.decode.row_s.shape[0])
-            decode_attention(q_thd, out_thd, pages, plan.decode, plan.scratch, tuning)
+            decode_attention(q_thd, out_thd, pages, plan.decode, plan.scratch, tuning, new)
         if plan.prefill is not None:
             if self.on_hopper:
                 prefill_attention_hopper(q_thd, out_thd, pages, plan.prefill.tile_i4, plan.prefill.page_table)

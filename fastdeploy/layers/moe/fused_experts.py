@@ -13,7 +13,7 @@ from fastdeploy.kernels.moe import ExpertWeights, fused_moe, moe_slots
 from fastdeploy.kernels.moe_many_fp8 import fits_hopper
 from fastdeploy.kernels.moe_rows import SlotOutputs
 from fastdeploy.kernels.moe_tiles import load_tiles
-from fastdeploy.kernels.quantize import FP8_BLOCK, quantize_blocks
+from fastdeploy.kernels.quantize import FP8_BLOCK, RowsFp8, quantize_blocks
 from fastdeploy.layers.moe.gate import Routing
 from fastdeploy.layers.placement import Placement
 from fastdeploy.layers.upload import Uploader
@@ -57,10 +57,10 @@ class FusedExperts(nn.Module):
         assert self.weights is not None, "forward before load"
         return fused_moe(x_rH, self.weights, routing.expert_tk, routing.weight_tk, self.tiles)
 
-    def slots(self, x_rH: Tensor, routing: Routing) -> SlotOutputs:
-        """`forward` but for the last addition, for who adds up anyway."""
+    def slots(self, x_rH: Tensor, routing: Routing, rows8: RowsFp8 | None = None) -> SlotOutputs:
+        """`forward` but for the last addition, for who adds up anyway; `rows8` is x in FP8, if it is there already."""
         assert self.weights is not None, "forward before load"
-        return moe_slots(x_rH, self.weights, routing.expert_tk, routing.weight_tk, self.tiles)
+        return moe_slots(x_rH, self.weights, routing.expert_tk, routing.weight_tk, self.tiles, rows8)
 
     def load(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,11 @@ from fastdeploy.layers.placement import Placement
 from fastdeploy.models.weights import WeightSource
 from fastdeploy.runner.step import StepContext
 from fastdeploy.wire.messages import StepAgreement
+
+if TYPE_CHECKING:
+    from fastdeploy.kernels.moe_rows import SlotOutputs
+    from fastdeploy.kernels.quantize import RowsFp8
+    from fastdeploy.layers.moe.fused_experts import FusedExperts
 
 
 def spreads_shared(moe: MoEShape, place: Placement) -> bool:
@@ -65,6 +71,21 @@ class SparseMoE(nn.Module):
         else:
             y_tH = self._add_shared(self._compute(x_tH, routing), x_tH)
         return self.peers.all_reduce_sum(y_tH)
+
+    @property
+    def whole(self) -> FusedExperts | None:
+        """The experts, where all that a row passes is in them, on this GPU alone: `slots` can do the work then."""
+        alone = not self.peers.where.spreads_experts and self.peers.where.n_tensor == 1
+        if not alone or self.shared is not None or self.load_e is not None or not self.gate.weight_eH.is_cuda:
+            return None
+        from fastdeploy.layers.moe.fused_experts import FusedExperts
+
+        assert isinstance(self.experts, FusedExperts), "on GPUs there are no others"
+        return self.experts
+
+    def slots(self, x_tH: Tensor, experts: FusedExperts, rows8: RowsFp8 | None) -> SlotOutputs:
+        """`forward` but for the last addition, which the next norm does; `experts` is `whole`, `rows8` is x in FP8."""
+        return experts.slots(x_tH, self.gate(x_tH), rows8)
 
     def count_loads(self) -> None:
         """From now on count the rows that go to each local expert."""
