@@ -25,7 +25,7 @@ def most_redundant(n_experts: int, n_ranks: int) -> int:
 
 
 def place(rows_e: Sequence[int], n_ranks: int, n_slots: int, before: Slots | None = None) -> Slots:
-    """Slots, `n_slots` for each rank, for experts that got `rows_e` rows: hot experts in several, ranks as even as may be.
+    """`n_slots` slots of each rank for experts that got `rows_e` rows: hot experts in several, ranks as even as may be.
 
     Every expert has a slot and no rank holds one twice, which takes len(rows_e) <= n_ranks * n_slots and n_slots <=
     len(rows_e). With `before`, what may stay where it is does.
@@ -57,7 +57,7 @@ def busiest_over_mean(rows_le: Sequence[Sequence[int]], slots_l: Sequence[Slots]
 
 
 def rebalance(rows_le: Sequence[Sequence[int]], slots_l: Sequence[Slots], n_ranks: int, min_gain: float) -> list[Slots]:
-    """A placement for each layer: a new one where that takes at least `min_gain` times the mean off the busiest rank."""
+    """For each layer a placement: a new one where it takes at least `min_gain` times the mean off the busiest rank."""
     chosen = []
     for rows_e, before in zip(rows_le, slots_l, strict=True):
         after = place(rows_e, n_ranks, len(before) // n_ranks, before)

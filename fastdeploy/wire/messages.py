@@ -157,6 +157,23 @@ class PairingStatus(msgspec.Struct, frozen=True, array_like=True, gc=False):
     n_fallbacks_of_reason: dict[str, int] = {}  # prompts computed here after all
 
 
+class ExpertReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How experts are used and where they lie, by sparse layer; since the start of the ranks.
+
+    `rows_le[l][e]`: rows that these ranks sent to expert e. `slots_lp[l][p]`: the expert in slot p of all ranks.
+    `before` and `after`: what the busiest rank computes over what the mean rank does, as the last check found and left
+    it. All but `rows_le` are the same on all ranks of a group.
+    """
+
+    rows_le: list[list[int]]
+    slots_lp: list[list[int]]
+    n_checks_total: int
+    n_moved_total: int  # slots that got another expert
+    pause_ms_total: int  # of all checks: no step ran
+    before: float
+    after: float
+
+
 class Status(Message, frozen=True):
     """State of one engine core, sent about once a second, and sooner when it turns busy or idle."""
 
@@ -175,6 +192,7 @@ class Status(Message, frozen=True):
     stalled_s: float  # seconds since the ranks last made progress while having work; 0 when idle
     n_rows_of_expert: dict[int, int] = {}  # rows, of any rank, that the experts here computed; empty: not counted
     pairing: PairingStatus = PairingStatus()
+    experts: ExpertReport | None = None  # with --enable-eplb, once a step was computed
 
 
 class EngineFailed(Message, frozen=True):
@@ -192,12 +210,13 @@ class StepAgreement(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     `n_tokens_d[i]`: tokens that data-parallel rank i computes, at most what it voted for, 0 for one without work. With
     `use_graph` each lays out `n_rows` rows, of which its own tokens are the first; without, `n_rows` is the largest of
-    `n_tokens_d`.
+    `n_tokens_d`. With `rearrange` they first put experts where they should lie.
     """
 
     n_tokens_d: list[int]
     n_rows: int
     use_graph: bool
+    rearrange: bool = False
 
 
 class GroupStore(Message, frozen=True):
@@ -326,6 +345,7 @@ class RankAlive(Message, frozen=True):
 
     n_layers_done: int
     n_rows_of_expert: dict[int, int] = {}  # of the experts here, over all layers; empty: not counted, or as before
+    experts: ExpertReport | None = None  # with --enable-eplb; None: as before
 
 
 class RankFailed(Message, frozen=True):

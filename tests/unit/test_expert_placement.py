@@ -1,4 +1,4 @@
-"""Placement of experts: whole, without doubles on a rank, even, the same for the same counts, and still where it can be."""
+"""Placement of experts: whole, without doubles on a rank, even, equal for equal counts, and still where it can be."""
 
 from __future__ import annotations
 
