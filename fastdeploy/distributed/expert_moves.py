@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from fastdeploy.distributed.collectives import group_errors
-from fastdeploy.distributed.expert_placement import Slots
+from fastdeploy.distributed.expert_placement import STAGING_BYTES, Slots
 from fastdeploy.distributed.groups import Group
-
-STAGING_BYTES = 64 << 20  # what a rank takes beside its weights while it moves some
 
 
 @dataclass(frozen=True, slots=True)

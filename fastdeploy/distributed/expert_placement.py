@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-Slots = tuple[
-    int, ...
-]  # of one layer: the expert in each slot, those of a rank side by side, in the order of the ranks
+STAGING_BYTES = 64 << 20  # what a rank takes beside its weights while some move
+
+# Of one layer: the expert in each slot, those of a rank side by side, in the order of the ranks.
+Slots = tuple[int, ...]
 
 
 def slots_per_rank(n_experts: int, n_redundant: int, n_ranks: int) -> int:

@@ -28,6 +28,7 @@ from fastdeploy.wire.messages import (
     Hello,
     LoadProgress,
     Ready,
+    Rearrange,
     Shutdown,
     Siblings,
     Status,
@@ -193,6 +194,11 @@ class EngineClient:
         if not self._death.done():
             self._send(Withdraw(n_requests))
 
+    def rearrange(self) -> None:
+        """Ask for experts to be put where they should lie; Status tells when they are."""
+        if not self._death.done():
+            self._send(Rearrange())
+
     def introduce(self, ports: list[int]) -> None:
         """Tell the core where all cores of this server listen for those of other servers."""
         if not self._death.done():
@@ -236,7 +242,7 @@ class EngineClient:
         if self._death.done():
             raise EngineUnavailable(f"the engine stopped: {self._death.result()}")
 
-    def _send(self, command: Submit | Abort | Withdraw | Siblings) -> None:
+    def _send(self, command: Submit | Abort | Withdraw | Siblings | Rearrange) -> None:
         task = asyncio.create_task(self._channel.send(command))
         self._sends.add(task)
         task.add_done_callback(self._sends.discard)

@@ -17,7 +17,7 @@ from fastdeploy.distributed.expert_placement import busiest_over_mean, rebalance
 from fastdeploy.distributed.groups import Group
 from fastdeploy.layers.moe.expert_slots import ExpertSlots, stacked_weights
 from fastdeploy.layers.moe.layer import SparseMoE
-from fastdeploy.wire.messages import ExpertReport
+from fastdeploy.wire.experts import ExpertReport
 
 log = logging.getLogger("fastdeploy.experts")
 

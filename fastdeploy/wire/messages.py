@@ -12,6 +12,7 @@ import msgspec
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.sampling_params import SamplingParams
 from fastdeploy.transfer.base import Endpoint, PageSet
+from fastdeploy.wire.experts import ExpertReport
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 
@@ -61,6 +62,10 @@ class Siblings(Message, frozen=True):
     ports: list[int]
 
 
+class Rearrange(Message, frozen=True):
+    """Put experts where they should lie, whether or not there is something to compute."""
+
+
 class Hello(Message, frozen=True):
     """A front end introduces itself and wants Ready and Status."""
 
@@ -69,7 +74,7 @@ class Shutdown(Message, frozen=True):
     """Stop; with expert parallelism as soon as no other rank of the group needs this one."""
 
 
-Command: TypeAlias = Submit | Abort | Withdraw | Siblings | Hello | Shutdown
+Command: TypeAlias = Submit | Abort | Withdraw | Siblings | Rearrange | Hello | Shutdown
 
 
 # ---- engine core -> front end ------------------------------------------------------------------------------------
@@ -155,23 +160,6 @@ class PairingStatus(msgspec.Struct, frozen=True, array_like=True, gc=False):
     wait_ms_total: int = 0  # from reserved pages to pages filled, of all `n_pulled_total`
     n_send_failed_total: int = 0  # prompts computed for a decode server that did not take the pages
     n_fallbacks_of_reason: dict[str, int] = {}  # prompts computed here after all
-
-
-class ExpertReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """How experts are used and where they lie, by sparse layer; since the start of the ranks.
-
-    `rows_le[l][e]`: rows that these ranks sent to expert e. `slots_lp[l][p]`: the expert in slot p of all ranks.
-    `before` and `after`: what the busiest rank computes over what the mean rank does, as the last check found and left
-    it. All but `rows_le` are the same on all ranks of a group.
-    """
-
-    rows_le: list[list[int]]
-    slots_lp: list[list[int]]
-    n_checks_total: int
-    n_moved_total: int  # slots that got another expert
-    pause_ms_total: int  # of all checks: no step ran
-    before: float
-    after: float
 
 
 class Status(Message, frozen=True):

@@ -13,7 +13,7 @@ from rank_processes import RankProcesses, State
 
 from fastdeploy.config.schema import EplbConfig, ParallelConfig
 from fastdeploy.distributed.expert_placement import Slots, place
-from fastdeploy.wire.messages import ExpertReport
+from fastdeploy.wire.experts import ExpertReport
 
 pytestmark = pytest.mark.timeout(300)
 
