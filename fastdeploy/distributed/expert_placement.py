@@ -61,9 +61,13 @@ def rebalance(rows_le: Sequence[Sequence[int]], slots_l: Sequence[Slots], n_rank
     """For each layer a placement: a new one where it takes at least `min_gain` times the mean off the busiest rank."""
     chosen = []
     for rows_e, before in zip(rows_le, slots_l, strict=True):
+        mean, busiest = sum(rows_e) / n_ranks, max(rows_of_ranks(rows_e, before, n_ranks))
+        if busiest - mean <= min_gain * mean:  # the mean is the best there may be: no placement needs to be worked out
+            chosen.append(before)
+            continue
         after = place(rows_e, n_ranks, len(before) // n_ranks, before)
-        gain = max(rows_of_ranks(rows_e, before, n_ranks)) - max(rows_of_ranks(rows_e, after, n_ranks))
-        chosen.append(after if gain > 0 and gain >= min_gain * sum(rows_e) / n_ranks else before)
+        gain = busiest - max(rows_of_ranks(rows_e, after, n_ranks))
+        chosen.append(after if gain > 0 and gain >= min_gain * mean else before)
     return chosen
 
 

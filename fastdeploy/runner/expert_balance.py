@@ -96,7 +96,7 @@ class ExpertBalancer:
                 rows_gle.view(-1).view(torch.uint8), self._rows_le.view(-1).view(torch.uint8)
             ).wait()
         with self._lock:
-            rows_gle = rows_gle.cpu()
             self._rows_le.zero_()
+            rows_gle = rows_gle.cpu()  # once it is here, so are the zeros: `report` reads by another stream
             self._total_le += rows_gle[self._group.where.group_rank]
         return rows_gle.sum(0)

@@ -91,5 +91,8 @@ def stacked_weights(experts: object, n_local: int) -> list[Tensor]:
         raise ConfigError(
             "--enable-eplb: on a CPU it needs --dtype float32 and a C compiler, for experts whose weights can be moved"
         )
-    found = (getattr(stacked, field.name) for field in fields(stacked))
-    return [tensor[:n_local] for tensor in found if isinstance(tensor, Tensor)]
+    found = [getattr(stacked, field.name) for field in fields(stacked)]
+    stacks = [tensor for tensor in found if isinstance(tensor, Tensor)]
+    n_held = n_local + int(getattr(experts, "n_shared", 0))
+    assert all(stack.shape[0] == n_held and stack.is_contiguous() for stack in stacks), "weights are not stacked"
+    return [stack[:n_local] for stack in stacks]
