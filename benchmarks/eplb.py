@@ -31,7 +31,7 @@ from fastdeploy.config.args import EngineArgs
 from fastdeploy.config.resolve import resolve
 from fastdeploy.config.schema import CacheConfig, EngineConfig, EplbConfig, ParallelConfig
 
-N_RANKS, N_EXPERTS, K, N_LAYERS, PAGE_TOKENS = 2, 64, 6, 4, 16
+N_RANKS, N_EXPERTS, K, WIDTH, N_LAYERS, PAGE_TOKENS = 2, 64, 6, 512, 4, 16
 PATIENCE_S = 300.0
 N_CHECKS = 6
 VARIANTS = {"fixed": None, "balanced": 0, "balanced, a slot more on each rank": N_RANKS}
@@ -55,7 +55,7 @@ def config_of(redundant: int | None, rank: int) -> EngineConfig:
         base.model.shape.moe,
         n_experts=N_EXPERTS,
         n_experts_per_token=K,
-        expert_width=512,
+        expert_width=WIDTH,
         layers=tuple(range(1, N_LAYERS + 1)),
     )
     shape = replace(base.model.shape, n_layers=N_LAYERS + 1, moe=moe)
@@ -242,7 +242,7 @@ def evenness(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[
 def main() -> None:
     flags = parse_flags()
     n_steps = 3 if flags.quick else flags.steps
-    load_before = os.getloadavg()[0]
+    load_before, hidden = os.getloadavg()[0], config_of(None, 0).model.shape.hidden_size
     ranks = Ranks()
     try:
         cases = [measure(ranks, order, n_rows, n_steps) for order in ("sorted", "shuffled") for n_rows in flags.rows]
@@ -253,7 +253,8 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_before": load_before,
         "steps": n_steps,
-        "model": f"hidden 256, {N_LAYERS} sparse layers of {N_EXPERTS} experts of width 512, {K} a row, float32",
+        "model": f"hidden {hidden}, {N_LAYERS} sparse layers of {N_EXPERTS} experts of width {WIDTH}, float32",
+        "experts_per_row": K,
         "hardware": hardware(),
         "versions": own_versions(),
         "cases": cases,
@@ -265,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
