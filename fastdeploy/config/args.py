@@ -195,8 +195,17 @@ class EngineArgs:
     ] = False
     enable_chunked_moe: Annotated[bool, Flag(PARALLEL, "Compute MoE layers in pieces of tokens.")] = False
     chunked_moe_size: Annotated[int, Flag(PARALLEL, "Tokens of such a piece.")] = 256
-    enable_eplb: Annotated[bool, Flag(PARALLEL, "Rebalance experts between ranks.")] = False
-    eplb_config: Annotated[Json | None, Flag(PARALLEL, "Settings of expert rebalancing.")] = None
+    enable_eplb: Annotated[
+        bool, Flag(PARALLEL, "Keep experts even over the ranks while they serve: copies of hot ones, moves.")
+    ] = False
+    eplb_config: Annotated[
+        Json | None,
+        Flag(
+            PARALLEL,
+            "Settings of --enable-eplb: redundant_experts_num (0), rearrange_interval_s (60; 0: only when asked by "
+            "POST /rearrange_experts), min_gain (0.05, of the mean rank's rows).",
+        ),
+    ] = None
     shutdown_comm_group_if_worker_idle: Annotated[
         bool | None, Flag(PARALLEL, "Tear communication groups down when idle.")
     ] = None

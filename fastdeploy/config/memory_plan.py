@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from fastdeploy.config.schema import DTypeName, EngineConfig, MoEShape
 from fastdeploy.distributed import topology
+from fastdeploy.distributed.expert_placement import STAGING_BYTES, slots_per_rank
 from fastdeploy.distributed.topology import Position
 
 ITEM_BYTES: Mapping[DTypeName, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
@@ -122,6 +123,8 @@ def _biases(config: EngineConfig, where: Position) -> int:
 def _sparse_weights(config: EngineConfig, where: Position, moe: MoEShape, held: int, linear: float) -> dict[str, int]:
     hidden = config.model.shape.hidden_size
     n_local = topology.local_experts(moe, where)[1]
+    if config.eplb is not None:
+        n_local = slots_per_rank(moe.n_experts, config.eplb.redundant, where.group_size)
     width = moe.expert_width // (1 if where.spreads_experts else where.n_tensor)
     shared_width = moe.shared_width // where.n_tensor
     n_experts, n_shared = 3 * n_local * hidden * width, 3 * hidden * shared_width
@@ -180,5 +183,6 @@ def _buffers(config: EngineConfig, where: Position) -> dict[str, int]:
         "activations": n_tokens * 3 * hidden * item + n_rows * widest * item,
         "logits": limits.max_seqs * n_vocab * (item + _FLOAT_BYTES),
         "exchange": exchange,
+        "moves of experts": 0 if config.eplb is None else STAGING_BYTES,
         "positions": model.max_model_len * shape.head_dim // 2 * _COMPLEX_BYTES,
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastdeploy.config import model_shape, synthetic
 from fastdeploy.config.args import EngineArgs, ServerArgs
+from fastdeploy.config.eplb import resolve_eplb
 from fastdeploy.config.flags import FlagField, flags_of
 from fastdeploy.config.hardware import CudaDevice, cuda_devices
 from fastdeploy.config.model_folder import model_folder
@@ -87,6 +88,7 @@ def resolve(
     logprobs = _logprobs(args, model, problems)
     n_threads = _n_threads(args, environ, problems)
     parallel = _parallel(args, model.shape if model else None, device, len(devices), environ, problems)
+    eplb = resolve_eplb(args, parallel, model.shape if model else None, problems.lines)
     problems.raise_if_any()
     assert model is not None  # without one there was a problem to raise
     return EngineConfig(
@@ -97,6 +99,7 @@ def resolve(
         logprobs=logprobs,
         log_dir=log_dir(environ),
         transfer=transfer,
+        eplb=eplb,
         n_threads=n_threads or (n_threads_per_rank(parallel) if device == "cpu" else None),
         stall_limit_s=_stall_limit_s(environ, problems),
     )

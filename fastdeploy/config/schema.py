@@ -158,6 +158,15 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EplbConfig:
+    """How experts are kept even over the ranks of an expert-parallel group while it serves."""
+
+    redundant: int = 0  # slots beside one for each expert, at least; all ranks have as many
+    interval_s: float = 60.0  # between two looks at what experts got; 0: only when asked
+    min_gain: float = 0.05  # of the mean rank's rows: a layer whose busiest rank would get less relief is left alone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TransferConfig:
     """Whether prompts are computed for other servers, or by others for this one, and how pages travel."""
 
@@ -188,6 +197,7 @@ class EngineConfig:
     logprobs: LogprobsConfig
     log_dir: str
     transfer: TransferConfig = TransferConfig()
+    eplb: EplbConfig | None = None  # None: experts stay on the ranks they start on
     n_threads: int | None = None  # threads of one CPU rank; None leaves the choice to torch
     stall_limit_s: float = 10.0  # ranks with work and without progress for longer are unhealthy
 

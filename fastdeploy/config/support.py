@@ -45,10 +45,6 @@ NOT_YET: Mapping[str, str] = MappingProxyType(
         "early_stop_config": "leave it out; use stop, max_tokens or repetition_penalty in the request",
         "logits_processors": "leave it out; logits_processors_args with logit_bias works in every request",
         "routing_replay_config": "leave it out",
-        # parallel
-        "enable_eplb": "leave it out: experts stay on the ranks they start on",
-        "eplb_config": "leave it out: experts stay on the ranks they start on",
-        # disaggregation and scheduling across servers
     }
 )
 

@@ -17,10 +17,12 @@ import zmq
 from fastdeploy.config.schema import with_measured_pages
 from fastdeploy.engine.group import CoreGroup
 from fastdeploy.engine.pairing import PairingLink
+from fastdeploy.engine.rearranging import RearrangeClock
 from fastdeploy.engine.scheduler import Scheduler
 from fastdeploy.engine.step import PlannedStep, is_decode, trimmed
 from fastdeploy.errors import EngineDeadError, FastDeployError, InvalidRequest, RequestError
 from fastdeploy.executor.executor import Executor
+from fastdeploy.observability.experts import together
 from fastdeploy.observability.logs import setup_logging
 from fastdeploy.wire.channel import CoreChannel
 from fastdeploy.wire.child import receive_boot
@@ -32,10 +34,12 @@ from fastdeploy.wire.messages import (
     Hello,
     LoadProgress,
     Ready,
+    Rearrange,
     Shutdown,
     Siblings,
     Starting,
     Status,
+    StepAgreement,
     StepOutput,
     StepPlan,
     Submit,
@@ -63,6 +67,7 @@ class EngineCore:
         self.pairing: PairingLink | None = None
         self.in_flight: deque[PlannedStep] = deque()
         self.proposed: PlannedStep | None = None  # voted for; the ranks get it when all cores have voted
+        self.rearranging = RearrangeClock(boot.config, time.monotonic())
         self._told_to_stop = False
         self._busy_since_s = 0.0
         self._status_due_s = 0.0
@@ -143,10 +148,10 @@ class EngineCore:
 
     def _plan_ahead(self) -> None:
         while len(self.in_flight) < self.config.scheduler.steps_in_flight:
-            step = self.scheduler.plan(time.time())
+            step = self.scheduler.plan(time.time(), even_if_empty=self.rearranging.asked)
             if step is None:
                 break
-            self.executor.send(self._final(step))
+            self.executor.send(self._alone(self._final(step)))
             self.in_flight.append(step)
 
     def _plan_together(self, group: CoreGroup) -> None:
@@ -156,15 +161,26 @@ class EngineCore:
         if agreement is not None and self.proposed is not None:
             step = trimmed(self.proposed, agreement.n_tokens_d[self.config.parallel.data_rank])
             self.proposed = None
+            if agreement.rearrange:
+                self.rearranging.done(time.monotonic())
             self.executor.send(msgspec.structs.replace(self._final(step), agreement=agreement))
             self.in_flight.append(step)
         if self.proposed is not None or len(self.in_flight) >= self.config.scheduler.steps_in_flight:
             return
-        self.proposed = self.scheduler.plan(time.time(), even_if_empty=group.step_open)
+        self.proposed = self.scheduler.plan(time.time(), even_if_empty=group.step_open or self.rearranging.asked)
         if self.proposed is not None:
             plan = self.proposed.plan
             n_tokens, n_decodes = sum(plan.n_tokens), sum(map(is_decode, plan.n_tokens, plan.samples))
-            group.vote(n_tokens, n_tokens - n_decodes, graph_ok=n_tokens == n_decodes)
+            rearrange = self.rearranging.wanted(time.monotonic())
+            group.vote(n_tokens, n_tokens - n_decodes, graph_ok=n_tokens == n_decodes, rearrange=rearrange)
+
+    def _alone(self, plan: StepPlan) -> StepPlan:
+        """A plan that no other core has a say in: only a step that begins with moves needs an agreement."""
+        if not self.rearranging.wanted(time.monotonic()):
+            return plan
+        self.rearranging.done(time.monotonic())
+        n_tokens = sum(plan.n_tokens)
+        return msgspec.structs.replace(plan, agreement=StepAgreement([n_tokens], n_tokens, False, True))
 
     def _final(self, step: PlannedStep) -> StepPlan:
         return step.plan if self.pairing is None else self.pairing.lending.with_orders(step)
@@ -190,6 +206,8 @@ class EngineCore:
                 case Siblings(ports):
                     if self.pairing is not None:
                         self.pairing.lending.siblings = ports
+                case Rearrange():
+                    self.rearranging.asked = self.config.eplb is not None
                 case Hello():
                     self.front_ends.add(client)
                     self._to(client, self.ready)
@@ -215,6 +233,8 @@ class EngineCore:
     def _status(self) -> Status:
         stalled_s = self.executor.stalled_s(self._busy_since_s) if self._busy_since_s else 0.0
         status = self.scheduler.status(stalled_s, self.executor.n_rows_of_expert)
+        if self.config.eplb is not None:
+            status = msgspec.structs.replace(status, experts=together(self.executor.experts))
         if self.pairing is None:
             return status
         return msgspec.structs.replace(status, pairing=self.pairing.status(status.pairing))

@@ -46,10 +46,11 @@ def agree(
         most = max(min(prompts), least_prompt_tokens)
         n_tokens_d = [vote.n_tokens - max(vote.n_prompt_tokens - most, 0) for vote in votes]
     n_most = max(n_tokens_d)
+    rearrange = any(vote.rearrange for vote in votes)
     size = next((size for size in graph_sizes if size >= n_most), None)
     if size is not None and n_most > 0 and all(vote.graph_ok for vote in votes):
-        return StepAgreement(n_tokens_d, size, True)
-    return StepAgreement(n_tokens_d, n_most, False)
+        return StepAgreement(n_tokens_d, size, True, rearrange)
+    return StepAgreement(n_tokens_d, n_most, False, rearrange)
 
 
 class Hub:

@@ -78,9 +78,9 @@ class CoreGroup:
         if time.monotonic() - self._started_s > self._address.patience_s:
             raise EngineStartError(self._who_is_late())
 
-    def vote(self, n_tokens: int, n_prompt_tokens: int, *, graph_ok: bool) -> None:
+    def vote(self, n_tokens: int, n_prompt_tokens: int, *, graph_ok: bool, rearrange: bool = False) -> None:
         """Say what this core would compute in the next step; `take_agreement` has the answer."""
-        self._channel.send(Vote(self._step, n_tokens, graph_ok, n_prompt_tokens))
+        self._channel.send(Vote(self._step, n_tokens, graph_ok, n_prompt_tokens, rearrange))
         self.step_open = False
 
     def take_agreement(self) -> StepAgreement | None:
@@ -180,5 +180,6 @@ def _fingerprint(config: EngineConfig) -> str:
         parallel.hosts,
         limits.max_seqs,
         limits.max_batched_tokens,
+        config.eplb,
     )
     return hashlib.blake2b(msgspec.json.encode((parts, sizes)), digest_size=16).hexdigest()

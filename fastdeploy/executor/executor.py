@@ -20,6 +20,7 @@ from fastdeploy.config.hardware import cpu_rank_environment
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.transfer.base import Endpoint
 from fastdeploy.wire.child import Child
+from fastdeploy.wire.experts import ExpertReport
 from fastdeploy.wire.messages import (
     GroupStore,
     JoinGroup,
@@ -56,6 +57,7 @@ class Executor:
         self._n_layers_done = -1
         self._watches_start = config.model.device == "cpu"  # a driver may hold up a whole process for long
         self.n_rows_of_expert: dict[int, int] = {}  # as far as these ranks hold experts and count
+        self.experts: dict[int, ExpertReport] = {}  # of each rank, as it told last
         self.transfer_events: list[tuple[int, TransferEvent]] = []  # of all ranks, since the core took them last
         self.endpoints: list[Endpoint] = []  # of all ranks, in order, where they can be read
         self.store: GroupStore | None = None  # opened by one of these ranks; all ranks of its group have to be told
@@ -176,6 +178,8 @@ class Executor:
             self._heard_s[rank] = time.monotonic()
         if isinstance(event, RankAlive):
             self.n_rows_of_expert.update(event.n_rows_of_expert)
+            if event.experts is not None:
+                self.experts[rank] = event.experts
         match event:
             case RankFailed(kind, message):
                 raise getattr(errors, kind, errors.EngineDeadError)(message)

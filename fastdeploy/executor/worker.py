@@ -286,7 +286,8 @@ class _Heart:
             n_done = self.runner.layers_done() if self.runner else 0
             # Adding up the rows is most of what an idle rank would do.
             n_rows = self.runner.rows_of_experts() if self.runner and n_done != n_told else {}
-            self._link.send(RankAlive(n_done, n_rows))
+            balancer = self.runner.balancer if self.runner and n_done != n_told else None
+            self._link.send(RankAlive(n_done, n_rows, balancer.report() if balancer else None))
             n_told = n_done
             time.sleep(_HEARTBEAT_S)
 

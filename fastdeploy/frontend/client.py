@@ -28,6 +28,7 @@ from fastdeploy.wire.messages import (
     Hello,
     LoadProgress,
     Ready,
+    Rearrange,
     Shutdown,
     Siblings,
     Status,
@@ -143,7 +144,7 @@ class EngineClient:
         self._channel = FrontEndChannel(engine.endpoint, engine.public_key)
         self._inboxes: dict[str, Sink] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._unsent: list[Submit | Abort | Withdraw | Siblings] = []
+        self._unsent: list[Submit | Abort | Withdraw | Siblings | Rearrange] = []
         self._sends: set[asyncio.Task[None]] = set()
         self._death: asyncio.Future[EngineError] = asyncio.get_running_loop().create_future()
         self._status: Status | None = None
@@ -194,6 +195,11 @@ class EngineClient:
         if not self._death.done():
             self._send(Withdraw(n_requests))
 
+    def rearrange(self) -> None:
+        """Ask for experts to be put where they should lie; Status tells when they are."""
+        if not self._death.done():
+            self._send(Rearrange())
+
     def introduce(self, ports: list[int]) -> None:
         """Tell the core where all cores of this server listen for those of other servers."""
         if not self._death.done():
@@ -237,7 +243,7 @@ class EngineClient:
         if self._death.done():
             raise EngineUnavailable(f"the engine stopped: {self._death.result()}")
 
-    def _send(self, command: Submit | Abort | Withdraw | Siblings) -> None:
+    def _send(self, command: Submit | Abort | Withdraw | Siblings | Rearrange) -> None:
         """What is said in one turn of the event loop goes together: prompts of one call share their first step."""
         self._unsent.append(command)
         if len(self._unsent) == 1:

@@ -122,6 +122,17 @@ class Coordinator:
         """Nothing besides `health`."""
         return {}
 
+    def statuses(self) -> dict[int, Status]:
+        """What each data-parallel rank told last."""
+        return self._status
+
+    def rearrange(self) -> None:
+        """Ask a rank that serves to have experts moved. Raises EngineUnavailable when there is none."""
+        replica = next((replica for replica in self.replicas if replica.serving), None)
+        if replica is None:
+            raise EngineUnavailable(f"the engine stopped: {self.replicas[0].health()}")
+        replica.rearrange()
+
     def balance_ratio(self) -> float:
         """Mean over largest load of the ranks, in tokens."""
         return balance_ratio([replica.load for replica in self.replicas])

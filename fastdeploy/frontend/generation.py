@@ -17,6 +17,7 @@ from fastdeploy.config.schema import EngineConfig
 from fastdeploy.errors import ContextTooLong, EngineError, EngineUnavailable, InvalidRequest, RequestError
 from fastdeploy.frontend.client import Inbox
 from fastdeploy.frontend.detokenizer import IncrementalDetokenizer
+from fastdeploy.frontend.experts import ExpertDesk
 from fastdeploy.frontend.params import checked_params
 from fastdeploy.frontend.tokenizer import Tokenizer
 from fastdeploy.observability.metrics import Metrics
@@ -51,8 +52,10 @@ class Generator:
         engine: WaitingRoom,
         ready: Ready,
         dp_ranks: tuple[int, ...] = (),
+        experts: ExpertDesk | None = None,
     ) -> None:
         """`dp_ranks`: data-parallel ranks that a request may name; none unless --scheduler-name is dp."""
+        self.experts = experts  # with --enable-eplb
         self.config = config
         self.tokenizer = tokenizer
         self.metrics = metrics

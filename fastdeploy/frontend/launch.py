@@ -12,6 +12,7 @@ from fastdeploy.config.admission import AdmissionConfig
 from fastdeploy.config.schema import EngineConfig, ModelConfig
 from fastdeploy.errors import ConfigError
 from fastdeploy.frontend.coordinator import Coordinator
+from fastdeploy.frontend.experts import ExpertDesk
 from fastdeploy.frontend.generation import Generator
 from fastdeploy.frontend.meeting import group_patience_s
 from fastdeploy.frontend.tokenizer import Tokenizer, load_tokenizer
@@ -64,7 +65,8 @@ async def running_generator(
         ready = await coordinator.start(on_progress)
         metrics.configure(config, ready.n_pages)
         room = make_room(coordinator, ready.control_ports)
-        yield Generator(config, tokenizer, metrics, room, ready, dp_ranks=dp_ranks(admission, config))
+        experts = ExpertDesk(coordinator) if config.eplb is not None else None
+        yield Generator(config, tokenizer, metrics, room, ready, dp_ranks(admission, config), experts)
 
 
 def dp_ranks(admission: AdmissionConfig, config: EngineConfig) -> tuple[int, ...]:

@@ -85,6 +85,11 @@ class Replica:
         if self._client is not None and self.serving:
             self._client.withdraw(n_requests)
 
+    def rearrange(self) -> None:
+        """Ask for experts to be put where they should lie."""
+        if self._client is not None and self.serving:
+            self._client.rearrange()
+
     def health(self) -> str | None:
         """None while the engine makes progress or has nothing to do, else what is wrong."""
         if self._down is not None:

@@ -22,3 +22,4 @@ class Placement:
     peers: Peers = field(default_factory=Peers)
     weights: WeightMemory = field(default_factory=OwnMemory)
     fp8: bool = False  # weights of linear layers and experts in blocks of 8-bit floats, with a scale each
+    redundant_experts: int | None = None  # copies beside the experts of a layer, all of which may move; None: none may

@@ -63,7 +63,7 @@ class ResidualBlock(nn.Module):
             normed_tH, x_tH, rows8 = self.ffn_norm.add_fp8(attended_tH, x_tH)
         else:
             normed_tH, x_tH = self.ffn_norm.add(attended_tH, x_tH)
-        return ffn.slots(normed_tH, experts, rows8), x_tH
+        return ffn.slot_outputs(normed_tH, experts, rows8), x_tH
 
     def load(self, weights: WeightSource, name: str) -> None:
         """Fill from the tensors under `NAME`."""

@@ -16,7 +16,9 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from fastdeploy.config.schema import EngineConfig
+from fastdeploy.observability.experts import together
 from fastdeploy.observability.totals import EngineTotal
+from fastdeploy.wire.experts import ExpertReport
 from fastdeploy.wire.messages import FinishReason, RequestTimes, Status
 
 PREFIX = "fastdeploy:"
@@ -122,6 +124,18 @@ class _Histogram:
 
 def _number(bound: float) -> str:
     return str(float(bound))
+
+
+def _eplb_families(report: ExpertReport) -> Iterator[Metric]:
+    for name, value, help_text in (
+        ("eplb_checks", report.n_checks_total, "Looks at where experts should lie."),
+        ("eplb_moved_experts", report.n_moved_total, "Slots that got another expert."),
+        ("eplb_pause_milliseconds", report.pause_ms_total, "Time in which no step ran, of all checks together."),
+    ):
+        yield CounterMetricFamily(PREFIX + name, help_text, value=value)
+    for name, ratio, when in (("before", report.before, "found"), ("after", report.after, "left")):
+        help_text = f"Rows of the busiest over those of the mean rank, as the last check {when} it."
+        yield GaugeMetricFamily(f"{PREFIX}eplb_busiest_over_mean_{name}", help_text, value=ratio)
 
 
 class Metrics(Collector):
@@ -293,6 +307,11 @@ class Metrics(Collector):
         experts = CounterMetricFamily(
             PREFIX + "expert_tokens", "Rows, of any rank, that the experts of these ranks computed.", labels=["expert"]
         )
+        report = together({rank: s.experts for rank, s in list(self._status_d.items()) if s.experts is not None})
+        if report is not None:  # experts that move are counted where rows come from, by layer
+            for expert, rows in enumerate(zip(*report.rows_le, strict=True)):
+                experts.add_metric([str(expert)], sum(rows))
+            yield from _eplb_families(report)
         for status in list(self._status_d.values()):
             for expert, n in sorted(status.n_rows_of_expert.items()):
                 experts.add_metric([str(expert)], n)

@@ -48,6 +48,7 @@ class StatusTotals:
         whole["n_rows_of_expert"] = dict[int, int]()
         pairing: dict[str, Any] = dict.fromkeys(PairingStatus.__struct_fields__, 0)
         pairing["n_fallbacks_of_reason"] = dict[str, int]()
+        whole["experts"] = None  # long lists, added up when somebody asks for them
         del whole["pairing"]
         for data_rank, status in statuses.items():
             for name, value in msgspec.structs.asdict(status).items():
@@ -57,6 +58,8 @@ class StatusTotals:
                     whole[name] += total.value
                 elif name == "pairing":
                     self._add_pairing(pairing, data_rank, status.pairing)
+                elif name == "experts":
+                    continue
                 elif name == "n_rows_of_expert":
                     whole[name].update(value)
                 else:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastdeploy.config.schema import EngineConfig, ModelShape
+from fastdeploy.config.schema import EngineConfig
 from fastdeploy.distributed import topology
 from fastdeploy.distributed.all_to_all.base import ExpertRows, exchange_name, make_all_to_all
 from fastdeploy.distributed.collectives import Peers, make_collectives
@@ -25,6 +25,7 @@ from fastdeploy.models.checkpoint import Checkpoint
 from fastdeploy.models.decoder import Decoder
 from fastdeploy.models.registry import build_model
 from fastdeploy.models.weights import Noted, RandomWeights
+from fastdeploy.runner.expert_balance import ExpertBalancer
 from fastdeploy.runner.kv_memory import choose_n_pages, free_bytes, total_bytes
 from fastdeploy.runner.model_runner import ModelRunner
 from fastdeploy.transfer.layout import PageLayout
@@ -58,7 +59,8 @@ def build_runner(
     fp8 = config.model.quantization == "block_wise_fp8"
     dtype, device = getattr(torch, config.model.dtype), torch.device(config.model.device)
     memory = _weight_memory(config, where, meeting)
-    place = Placement(dtype, device, peers, memory, fp8)
+    redundant = config.eplb.redundant if config.eplb else None
+    place = Placement(dtype, device, peers, memory, fp8, redundant_experts=redundant)
     heads = AttentionShape(
         n_layers=shape.n_layers,
         n_heads=shape.n_heads // where.n_tensor,
@@ -70,12 +72,14 @@ def build_runner(
     backend = make_attention(backend_for(place.device), heads, place.dtype, place.device)
     model = build_model(shape, backend, place)
     _load(model, config, where, lambda n_done: report("weights", n_done, shape.n_layers, "layers"))
-    if place.device.type == "cpu":  # on a GPU counting would be one more kernel in every layer
+    if place.device.type == "cpu" and config.eplb is None:  # on a GPU counting would be one more kernel in every layer
         model.count_expert_loads()
-    loaded = time.monotonic()
+    loaded, balancer = time.monotonic(), None
     if where.group_size > 1:
         assert meeting is not None, "a rank with others needs a way to join them"
-        _connect(peers, meeting.join(), shape, place, exchange)
+        group = meeting.join()
+        _connect(peers, group, model, place, exchange)
+        balancer = ExpertBalancer(model.sparse_layers(), group, config.eplb) if config.eplb else None
     joined = time.monotonic()
     # Ranks of one machine share its memory, but each has a GPU of its own.
     n_sharing = topology.ranks_per_host(parallel) if place.device.type == "cpu" else 1
@@ -85,6 +89,7 @@ def build_runner(
     if config.transfer.role != "mixed":
         shared = allocate_pages(page_layout(config, where, n_pages), place.device, owner, shared=True)
     runner = ModelRunner(config, model, backend, n_pages, memory.borrowed_bytes, shared, owner)
+    runner.balancer = balancer
     stages_s = {"weights": loaded - started, "group": joined - loaded, "pages": time.monotonic() - joined}
     if where.group_size == 1:
         del stages_s["group"]
@@ -116,11 +121,12 @@ def page_layout(config: EngineConfig, where: Position, n_pages: int) -> PageLayo
     )
 
 
-def _connect(peers: Peers, group: Group, shape: ModelShape, place: Placement, exchange: str | None) -> None:
-    all_to_all = None
-    if peers.where.spreads_experts and shape.moe is not None:
-        every_row = spreads_shared(shape.moe, place)
-        rows = ExpertRows(shape.moe.n_experts, shape.moe.n_experts_per_token, shape.hidden_size, place.dtype, every_row)
+def _connect(peers: Peers, group: Group, model: Decoder, place: Placement, exchange: str | None) -> None:
+    all_to_all, moe, hidden_size = None, model.shape.moe, model.shape.hidden_size
+    if peers.where.spreads_experts and moe is not None:
+        slots = model.sparse_layers()[0].slots
+        n_places = moe.n_experts if slots is None else len(slots.slots)
+        rows = ExpertRows(n_places, moe.n_experts_per_token, hidden_size, place.dtype, spreads_shared(moe, place))
         all_to_all = make_all_to_all(exchange_name(group, exchange), group, rows)
     peers.connect(make_collectives(group), all_to_all)
 

@@ -31,6 +31,7 @@ from fastdeploy.wire.messages import PagesComputed, StepAgreement, StepPlan, Ste
 
 if TYPE_CHECKING:
     from fastdeploy.runner.captured import CapturedSteps
+    from fastdeploy.runner.expert_balance import ExpertBalancer
 
 
 class ModelRunner:
@@ -55,6 +56,7 @@ class ModelRunner:
         self.memory = memory
         self.owner = owner
         self.lender: Lender | None = None
+        self.balancer: ExpertBalancer | None = None  # with --enable-eplb
         if memory is None:
             self.pages_l = backend.allocate(n_pages)
         else:
@@ -117,6 +119,8 @@ class ModelRunner:
                 self._captured.graphs.capture_all()
             else:
                 self._captured.graphs.capture_first()
+            if self.balancer is not None:
+                self.balancer.start()
             torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
@@ -145,6 +149,8 @@ class ModelRunner:
 
     def _launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         with self._on_stream():
+            if self.balancer is not None and plan.agreement is not None and plan.agreement.rearrange:
+                self.balancer.rearrange()
             for start in plan.starts:
                 self.state.start(start)
                 self.sampling.start(start.slot, start.params, start.token_ids, start.n_prompt_tokens)

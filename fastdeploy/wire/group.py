@@ -21,6 +21,7 @@ class Vote(Message, frozen=True):
     n_tokens: int
     graph_ok: bool
     n_prompt_tokens: int = 0  # of these, tokens of prompts, of which it would also take fewer
+    rearrange: bool = False  # before it, experts should be put where they should lie
 
 
 class Alive(Message, frozen=True):

@@ -12,6 +12,7 @@ import msgspec
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.sampling_params import SamplingParams
 from fastdeploy.transfer.base import Endpoint, PageSet
+from fastdeploy.wire.experts import ExpertReport
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 
@@ -61,6 +62,10 @@ class Siblings(Message, frozen=True):
     ports: list[int]
 
 
+class Rearrange(Message, frozen=True):
+    """Put experts where they should lie, whether or not there is something to compute."""
+
+
 class Hello(Message, frozen=True):
     """A front end introduces itself and wants Ready and Status."""
 
@@ -69,7 +74,7 @@ class Shutdown(Message, frozen=True):
     """Stop; with expert parallelism as soon as no other rank of the group needs this one."""
 
 
-Command: TypeAlias = Submit | Abort | Withdraw | Siblings | Hello | Shutdown
+Command: TypeAlias = Submit | Abort | Withdraw | Siblings | Rearrange | Hello | Shutdown
 
 
 # ---- engine core -> front end ------------------------------------------------------------------------------------
@@ -175,6 +180,7 @@ class Status(Message, frozen=True):
     stalled_s: float  # seconds since the ranks last made progress while having work; 0 when idle
     n_rows_of_expert: dict[int, int] = {}  # rows, of any rank, that the experts here computed; empty: not counted
     pairing: PairingStatus = PairingStatus()
+    experts: ExpertReport | None = None  # with --enable-eplb, once a step was computed
 
 
 class EngineFailed(Message, frozen=True):
@@ -192,12 +198,13 @@ class StepAgreement(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     `n_tokens_d[i]`: tokens that data-parallel rank i computes, at most what it voted for, 0 for one without work. With
     `use_graph` each lays out `n_rows` rows, of which its own tokens are the first; without, `n_rows` is the largest of
-    `n_tokens_d`.
+    `n_tokens_d`. With `rearrange` they first put experts where they should lie.
     """
 
     n_tokens_d: list[int]
     n_rows: int
     use_graph: bool
+    rearrange: bool = False
 
 
 class GroupStore(Message, frozen=True):
@@ -326,6 +333,7 @@ class RankAlive(Message, frozen=True):
 
     n_layers_done: int
     n_rows_of_expert: dict[int, int] = {}  # of the experts here, over all layers; empty: not counted, or as before
+    experts: ExpertReport | None = None  # with --enable-eplb; None: as before
 
 
 class RankFailed(Message, frozen=True):

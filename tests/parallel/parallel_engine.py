@@ -12,7 +12,7 @@ from engine_harness import engine_config
 from msgspec.structs import replace as replace_struct
 from rank_processes import RankProcesses
 
-from fastdeploy.config.schema import ParallelConfig
+from fastdeploy.config.schema import EplbConfig, ParallelConfig
 from fastdeploy.sampling_params import SamplingParams
 from fastdeploy.wire.messages import SlotStart, StepAgreement, StepPlan
 
@@ -88,8 +88,17 @@ class ParallelEngine:
     """A model over the first `parallel.n_ranks` rank processes."""
 
     def __init__(
-        self, ranks: RankProcesses, folder: Path, parallel: ParallelConfig, exchange: str | None = None
+        self,
+        ranks: RankProcesses,
+        folder: Path,
+        parallel: ParallelConfig,
+        exchange: str | None = None,
+        *,
+        eplb: EplbConfig | None = None,
+        rearrange_every: int = 0,
     ) -> None:
+        """With `eplb` every so many steps begin with a rearrangement of experts; 0 is never."""
+        self.rearrange_every = rearrange_every
         self.ranks = ranks
         self.parallel = parallel
         base = engine_config(
@@ -102,7 +111,7 @@ class ParallelEngine:
         meetings = rank_calls.meet(ranks, parallel)
         arguments = []
         for number, meeting in enumerate(meetings):
-            config = replace(base, parallel=replace(parallel, data_rank=number // parallel.tensor))
+            config = replace(base, eplb=eplb, parallel=replace(parallel, data_rank=number // parallel.tensor))
             arguments.append((config, number, meeting, exchange))
         built = ranks.call(rank_calls.build, arguments)
         self.weight_bytes = [n_bytes for n_bytes, _ in built]
@@ -114,14 +123,15 @@ class ParallelEngine:
         for step in range(1000):
             if all(replica.is_done for replica in replicas):
                 return [[request.output_ids for request in replica.requests] for replica in replicas]
-            self._step([replica.plan(step) for replica in replicas], replicas)
+            rearrange = self.rearrange_every > 0 and step % self.rearrange_every == self.rearrange_every - 1
+            self._step([replica.plan(step) for replica in replicas], replicas, rearrange=rearrange)
         raise AssertionError("requests do not end")
 
-    def _step(self, plans: list[StepPlan], replicas: Sequence[Replica]) -> None:
+    def _step(self, plans: list[StepPlan], replicas: Sequence[Replica], *, rearrange: bool) -> None:
         n_tensor = self.parallel.tensor
-        if self.parallel.expert and self.parallel.data > 1:
+        if rearrange or (self.parallel.expert and self.parallel.data > 1):
             n_tokens_d = [sum(plan.n_tokens) for plan in plans]
-            agreement = StepAgreement(n_tokens_d, max(n_tokens_d), False)
+            agreement = StepAgreement(n_tokens_d, max(n_tokens_d), False, rearrange)
             plans = [replace_struct(plan, agreement=agreement) for plan in plans]
             results = self.ranks.call(rank_calls.step, [(plans[i // n_tensor],) for i in range(self.parallel.n_ranks)])
         else:  # a replica by itself takes no empty step

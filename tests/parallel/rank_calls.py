@@ -42,7 +42,8 @@ def build(
 
     met = _Met(state, config.parallel, number, meeting) if meeting else None
     runner, _ = build_runner(config, number=number, meeting=met, exchange=exchange)
-    runner.model.count_expert_loads()
+    if runner.balancer is None:
+        runner.model.count_expert_loads()
     state["runner"] = runner
     return runner.weight_bytes, runner.n_pages
 

@@ -286,6 +286,7 @@ def test_api_keys() -> None:
             header_bytes = {"authorization": f"bEaReR {key}".encode()}
             assert httpx.get(path, headers=header_bytes).status_code == 200
         assert httpx.options(path).status_code == 405
+        assert httpx.post(f"{server.url}/rearrange_experts").status_code == 401
         for free in ("/health", "/metrics", "/docs"):
             assert httpx.get(server.url + free).status_code == 200
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)

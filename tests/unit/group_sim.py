@@ -15,6 +15,7 @@ from engine_sim import SimRank
 
 from fastdeploy.config.schema import EngineConfig, ParallelConfig
 from fastdeploy.engine.core import EngineCore
+from fastdeploy.wire.experts import ExpertReport
 from fastdeploy.wire.messages import (
     CoreBoot,
     Event,
@@ -116,6 +117,7 @@ class Ranks:
         self.agreements: list[StepAgreement] = []
         self.n_done = 0  # steps that may be answered
         self.n_rows_of_expert: dict[int, int] = {}
+        self.experts: dict[int, ExpertReport] = {}
         self._ready = RankReady(config.cache.n_pages, 0, 0, {})
         self._rank = SimRank(config.cache.page_tokens)
         self._n_data, self._data_rank = config.parallel.data, config.parallel.data_rank

@@ -39,6 +39,12 @@ def test_without_graphs_rows_are_those_of_the_busiest() -> None:
     assert agree([Vote(0, 3, True), Vote(0, 0, True)]) == StepAgreement([3, 0], 3, False)
 
 
+def test_who_wants_experts_moved_is_enough() -> None:
+    for graph_sizes in ((), (8,)):
+        agreed = agree([Vote(0, 3, True), Vote(0, 0, True, rearrange=True)], graph_sizes)
+        assert agreed.rearrange and agreed.use_graph == bool(graph_sizes)
+
+
 def test_prompts_of_a_step_are_as_even_as_they_can_be() -> None:
     votes = [Vote(0, 1472, False, 1470), Vote(0, 383, False, 383), Vote(0, 9, True)]
     assert agree(votes, (), 256).n_tokens_d == [385, 383, 9]

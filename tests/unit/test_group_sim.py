@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,10 +11,10 @@ from group_sim import Group
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from fastdeploy.config.schema import EngineConfig
+from fastdeploy.config.schema import EngineConfig, EplbConfig
 from fastdeploy.errors import EngineDeadError
 from fastdeploy.wire.group import Leave
-from fastdeploy.wire.messages import Abort, Shutdown, Submit, Withdraw
+from fastdeploy.wire.messages import Abort, Rearrange, Shutdown, Submit, Withdraw
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -45,7 +45,8 @@ class Trace:
 
 
 @st.composite
-def traces(draw: st.DrawFn) -> Trace:
+def traces(draw: st.DrawFn, *, rearranges: bool = False) -> Trace:
+    """With `rearranges` clients also ask for experts to be moved."""
     n_data = draw(st.integers(2, 5))
     page_tokens = draw(st.integers(1, 5))
     max_seqs = draw(st.integers(1, 4))
@@ -64,15 +65,16 @@ def traces(draw: st.DrawFn) -> Trace:
     n_requests = 0
     happenings = []
     for _ in range(draw(st.integers(1, 60))):
-        what = draw(
-            st.sampled_from(["turn", "turn", "turn", "arrive", "arrive", "compute", "compute", "submit", "end"])
-        )
+        choices = ["turn", "turn", "turn", "arrive", "arrive", "compute", "compute", "submit", "end"]
+        what = draw(st.sampled_from(choices + ["rearrange"] * rearranges))
         happening = Happening(what, draw(ranks), wire=draw(st.integers(0, 20)), n=draw(st.integers(1, 3)))
         if what == "submit":
             prompt = draw(st.lists(st.integers(2, 15), min_size=1, max_size=20))
             submit = make_submit(str(n_requests), prompt, draw(st.integers(1, 10)))
             happening = Happening("command", draw(busy), submit)
             n_requests += 1
+        elif what == "rearrange":
+            happening = Happening("command", draw(ranks), Rearrange())
         elif what == "end" and n_requests:
             command = draw(st.sampled_from([Abort([str(draw(st.integers(0, n_requests - 1)))]), Withdraw(1)]))
             happening = Happening("command", draw(ranks), command)
@@ -130,6 +132,23 @@ def test_all_agree_and_every_request_ends(trace: Trace) -> None:
         else:
             assert (found, deltas[-1].finish_reason) == (token_ids, reason)
     assert all(core.scheduler.pool.n_held == 0 for core in group.cores)
+
+
+@common
+@given(traces(rearranges=True))
+def test_experts_are_moved_by_all_in_the_same_step(trace: Trace) -> None:
+    """Whoever was asked, busy or idle; a step for nothing else is made only then, and requests do not notice."""
+    group, sent = play(replace(trace, config=replace(trace.config, eplb=EplbConfig(interval_s=0.0))))
+    first, *others = [ranks.agreements for ranks in group.ranks]
+    assert all(agreements == first for agreements in others)
+    assert all(agreed.rearrange or max(agreed.n_tokens_d) > 0 for agreed in first)
+    n_asked = sum(isinstance(happening.command, Rearrange) for happening in trace.happenings)
+    assert min(n_asked, 1) <= sum(agreed.rearrange for agreed in first) <= n_asked
+    assert not any(core.rearranging.asked for core in group.cores)
+    for request_id, (rank, _) in sent.items():
+        front_end = group.front_ends[rank]
+        ends = [d for d in front_end.deltas if d.request_id == request_id and d.finish_reason]
+        assert request_id in front_end.withdrawn or len(ends) == 1
 
 
 @common

@@ -24,7 +24,8 @@ GIB = 1 << 30
 def _weights_and_page(config: EngineConfig, number: int) -> tuple[int, int]:
     """Bytes of the weights that rank `number` loads, and of a page."""
     shape, where = config.model.shape, topology.position(config.parallel, number)
-    place = Placement(torch.float32, torch.device("cpu"), Peers(where))
+    redundant = config.eplb.redundant if config.eplb else None
+    place = Placement(torch.float32, torch.device("cpu"), Peers(where), redundant_experts=redundant)
     heads = AttentionShape(
         n_layers=shape.n_layers,
         n_heads=shape.n_heads // where.n_tensor,
@@ -65,6 +66,19 @@ def test_plan_is_what_layers_take(
         assert sum(plan.weights.values()) - routers == weights
         assert (plan.page_bytes, plan.n_pages) == (page, 12)
         assert plan.total_bytes == plan.weight_bytes + 12 * page + plan.buffer_bytes
+
+
+@pytest.mark.parametrize("redundant", [0, 3])
+def test_copies_of_experts_count(tmp_path: Path, redundant: int) -> None:
+    folder = build(tmp_path / "model", "ernie4_5_moe")
+    sizes = {"data_parallel_size": 3, "enable_expert_parallel": True, "max_model_len": 128, "device": "cpu"}
+    settings = {"redundant_experts_num": redundant}
+    config = resolve(EngineArgs(model=str(folder), **sizes, enable_eplb=True, eplb_config=settings))  # type: ignore[arg-type]
+    for number in range(3):
+        plan = plan_rank(config, number, "float32", GIB)
+        assert sum(plan.weights.values()) - plan.weights["routers"] == _weights_and_page(config, number)[0]
+        assert plan.weights["experts"] == (3 + redundant // 3) * 3 * 64 * 32 * 4
+        assert plan.buffers["moves of experts"] > 0
 
 
 def test_biases_count(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastdeploy.observability.metrics import MAX_HTTP_SERIES, Metrics
+from fastdeploy.wire.experts import ExpertReport
 from fastdeploy.wire.messages import RequestTimes, Status
 
 pytestmark = pytest.mark.timeout(60)
@@ -54,6 +55,21 @@ STATUS = Status(
     n_waiting_tokens=0,
     stalled_s=0.0,
 )
+
+
+def test_experts_that_move_are_counted_over_all_ranks() -> None:
+    report = ExpertReport([[1, 2, 3], [4, 0, 0]], [[0, 1, 2, 0]] * 2, 5, 6, 70, 1.5, 1.25)
+    later = replace(report, rows_le=[[10, 0, 0], [0, 0, 1]], n_checks_total=6)
+    metrics = Metrics()
+    metrics.update_ranks({0: replace(STATUS, experts=report), 1: replace(STATUS, experts=later), 2: STATUS}, 1.0)
+    found = samples(metrics)
+    of_experts = [found[f'expert_tokens_total{{expert="{i}"}}'] for i in range(3)]
+    assert of_experts == [15, 2, 4]
+    assert found["eplb_checks_total"] == 6
+    assert found["eplb_moved_experts_total"] == 6
+    assert found["eplb_pause_milliseconds_total"] == 70
+    assert found["eplb_busiest_over_mean_before"] == 1.5
+    assert found["eplb_busiest_over_mean_after"] == 1.25
 
 
 def samples(metrics: Metrics) -> dict[str, float]:

@@ -244,7 +244,8 @@ def test_environment(model: str) -> None:
         ({"speculative_config": {"method": "mtp"}}, ["--speculative-config: not supported yet: "]),
         ({"dynamic_load_weight": True}, ["--dynamic-load-weight: not supported yet: "]),
         ({"logits_processors": ["X"]}, ["--logits-processors: not supported yet: ", "logit_bias"]),
-        ({"enable_eplb": True}, ["--enable-eplb: not supported yet: "]),
+        ({"enable_eplb": True}, ["--enable-eplb: needs --enable-expert-parallel"]),
+        ({"eplb_config": {}}, ["--eplb-config: only --enable-eplb takes it"]),
     ],
 )
 def test_one_contradiction_is_one_line(model: str, kwargs: dict[str, Any], parts: list[str]) -> None:

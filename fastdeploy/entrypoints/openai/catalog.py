@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastdeploy.entrypoints.openai import generate, responses, schema, service
+from fastdeploy.entrypoints.openai import experts, generate, responses, schema, service
 from fastdeploy.entrypoints.openai.state import ServerState
 
 Handler = Callable[[ServerState, Request], Awaitable[Response]]
@@ -96,6 +96,24 @@ SERVING = (
         answer=responses.AbortAnswer,
         example={"abort_all": True},
     ),
+    _post(
+        "/rearrange_experts",
+        "With --enable-eplb: moves experts to where they should lie, before the next step.",
+        handler=experts.rearrange,
+        answer=responses.ExpertPlacesAnswer,
+    ),
+    _post(
+        "/check_redundant",
+        "With --enable-eplb: which experts lie where.",
+        handler=experts.places,
+        answer=responses.ExpertPlacesAnswer,
+    ),
+    _post(
+        "/get_per_expert_tokens_stats",
+        "With --enable-eplb: rows of each expert.",
+        handler=experts.rows,
+        answer=responses.ExpertRowsAnswer,
+    ),
     Endpoint(
         path="/health", summary="200 while requests are served, 503 with the reason otherwise.", handler=service.health
     ),
@@ -119,9 +137,6 @@ NOT_SUPPORTED = (
     _missing("/v1/update_weights", "restart the server to change weights"),
     _missing("/update_model_weight", "restart the server to change weights", "GET"),
     _missing("/clear_load_weight", "restart the server to change weights", "GET"),
-    _missing("/rearrange_experts", "experts are not rebalanced"),
-    _missing("/get_per_expert_tokens_stats", "experts are not rebalanced"),
-    _missing("/check_redundant", "experts are not rebalanced"),
     _missing("/controller/reset_scheduler", "there is no control server"),
     _missing("/controller/scheduler", "there is no control server"),
 )

@@ -98,8 +98,11 @@ class ErrorBoundaryMiddleware:
             await response(scope, receive, send)
 
 
+_GUARDED = ("/v1", "/rearrange_experts")  # what computes, or stops others for a while
+
+
 class ApiKeyMiddleware:
-    """Asks for `Authorization: Bearer KEY` on paths under /v1 when the server has keys; OPTIONS is free."""
+    """Asks for `Authorization: Bearer KEY` on `_GUARDED` paths when the server has keys; OPTIONS is free."""
 
     def __init__(self, app: ASGIApp, api_keys: Collection[str]) -> None:
         self.app = app
@@ -109,7 +112,7 @@ class ApiKeyMiddleware:
         if (
             scope["type"] == "http"
             and self._digests
-            and scope["path"].startswith("/v1")
+            and scope["path"].startswith(_GUARDED)
             and scope["method"] != "OPTIONS"
         ):
             self._check(Headers(scope=scope).get("authorization", ""))

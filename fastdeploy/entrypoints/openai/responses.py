@@ -217,3 +217,43 @@ class AbortAnswer(msgspec.Struct):
     result: AbortResult
     status: str = "success"
     error: str | None = None
+
+
+class ExpertPlaces(msgspec.Struct):
+    """Where experts lie: `experts[i][g]` are those of rank g in the sparse layer number `layers[i]`.
+
+    Nothing is known before the first step. `pause_ms`: of all checks, in which no step ran. The last two: rows of the
+    busiest rank over those of the mean rank, as the last check found and left it.
+    """
+
+    redundant_experts_num: int
+    layers: list[int]
+    experts: list[list[list[int]]]
+    n_checks: int
+    n_moved: int
+    pause_ms: int
+    busiest_over_mean_before: float
+    busiest_over_mean_after: float
+
+
+class ExpertPlacesAnswer(msgspec.Struct):
+    """Answer of POST /rearrange_experts and /check_redundant."""
+
+    data: ExpertPlaces
+    code: int = 0
+    msg: str = "ok"
+
+
+class ExpertRows(msgspec.Struct):
+    """`tokens[i][e]`: rows that the ranks of this server have sent to expert e in the sparse layer `layers[i]`."""
+
+    layers: list[int]
+    tokens: list[list[int]]
+
+
+class ExpertRowsAnswer(msgspec.Struct):
+    """Answer of POST /get_per_expert_tokens_stats."""
+
+    data: ExpertRows
+    code: int = 0
+    msg: str = "ok"

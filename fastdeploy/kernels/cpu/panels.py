@@ -83,9 +83,9 @@ class PanelFFN:
         assert gate.shape == up.shape == (n_experts, across, hidden, PANEL), "these are not the panels of FFNs"
         assert down.shape == (n_experts, back, width, PANEL), "these are not the panels of FFNs"
         self._run = kernels.ffn
-        self._panels = (gate, up, down)
+        self.panels = (gate, up, down)
         self._n_bytes = 3 * n_experts * hidden * width * gate.itemsize
-        pointers = (panels.data_ptr() for panels in self._panels)
+        pointers = (panels.data_ptr() for panels in self.panels)
         self._struct = _FFNStruct(*pointers, n_experts, hidden, width, WEIGHT_TYPES[gate.dtype])
         self._address = ctypes.addressof(self._struct)
 

@@ -14,6 +14,7 @@ from fastdeploy.config.schema import MoEShape
 from fastdeploy.distributed.sharding import FFNShare
 from fastdeploy.distributed.topology import cut_into_pieces, local_experts, rows_to_dispatch, run_of
 from fastdeploy.layers.mlp import GatedMLP
+from fastdeploy.layers.moe.expert_slots import make_slots
 from fastdeploy.layers.moe.experts import LocalExperts, fuse_experts, make_experts
 from fastdeploy.layers.moe.gate import Gate, Routing
 from fastdeploy.layers.placement import Placement
@@ -50,6 +51,9 @@ class SparseMoE(nn.Module):
         where = place.peers.where
         self.n_sharing = 1 if where.spreads_experts else where.n_tensor  # ranks that share each expert
         self.first_expert, self.n_local = local_experts(moe, where)
+        self.slots = make_slots(moe, place)
+        if self.slots is not None:
+            self.first_expert, self.n_local = 0, self.slots.n_local
         self.gate = Gate(hidden_size, moe, place)
         width = moe.expert_width // self.n_sharing
         self.experts: LocalExperts
@@ -74,7 +78,7 @@ class SparseMoE(nn.Module):
 
     @property
     def whole(self) -> FusedExperts | None:
-        """The experts, where all that a row passes is in them, on this GPU alone: `slots` can do the work then."""
+        """The experts, where all that a row passes is in them, on this GPU alone: `slot_outputs` can do the work then."""
         alone = not self.peers.where.spreads_experts and self.peers.where.n_tensor == 1
         if not alone or self.shared is not None or self.load_e is not None or not self.gate.weight_eH.is_cuda:
             return None
@@ -83,7 +87,7 @@ class SparseMoE(nn.Module):
         assert isinstance(self.experts, FusedExperts), "on GPUs there are no others"
         return self.experts
 
-    def slots(self, x_tH: Tensor, experts: FusedExperts, rows8: RowsFp8 | None) -> SlotOutputs:
+    def slot_outputs(self, x_tH: Tensor, experts: FusedExperts, rows8: RowsFp8 | None) -> SlotOutputs:
         """`forward` but for the last addition, which the next norm does; `experts` is `whole`, `rows8` is x in FP8."""
         return experts.slots(x_tH, self.gate(x_tH), rows8)
 
@@ -98,6 +102,8 @@ class SparseMoE(nn.Module):
         part = where.group_rank if self.n_sharing_all == where.group_size else where.tensor_rank
         share = FFNShare(weights, self.n_sharing_all, part)
         of_experts = FFNShare(weights, where.n_tensor, where.tensor_rank) if self.n_sharing > 1 else weights
+        if self.slots is not None:
+            of_experts = self.slots.weights(of_experts, f"{name}.experts")
         if self.fused is not None:
             self.fused.load(of_experts, f"{name}.experts", self.first_expert, f"{name}.shared_experts", share)
             return
@@ -139,6 +145,8 @@ class SparseMoE(nn.Module):
         self, x_tH: Tensor, routing: Routing, n_rows_g: tuple[int, ...], own: Callable[[], Tensor] | None = None
     ) -> Tensor:
         """`own`: see AllToAll.combine."""
+        if self.slots is not None:
+            routing = self.slots(routing)
         sent = self.peers.all_to_all.dispatch(x_tH, routing, n_rows_g)
         if self.peers.all_to_all.adds_slots and self.load_e is None:
             from fastdeploy.layers.moe.fused_experts import FusedExperts
