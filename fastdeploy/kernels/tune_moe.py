@@ -31,7 +31,7 @@ from fastdeploy.kernels.moe_tiles import (
     dump_plans,
     table_path,
 )
-from fastdeploy.kernels.quantize import quantize_blocks
+from fastdeploy.kernels.weight_formats import quantize_blocks
 
 N_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 _MAX_FEW_TOKENS, _MIN_MANY_TOKENS, _MAX_DIRECT_TOKENS = 1024, 256, 4

@@ -16,6 +16,8 @@ RowOrder = Callable[[Tensor], Tensor]  # [rows, in] -> the same rows in another 
 
 def packed_matmul_available(place: Placement) -> bool:
     """Whether weights there are packed once, so that a step of few rows multiplies with a wide matrix at full speed."""
+    if place.quantization is not None:
+        return False
     return place.device.type == "cpu" and place.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 

@@ -52,7 +52,8 @@ def test_same_as_experts_one_after_the_other(n_tokens: int, fp8: bool) -> None:
         pytest.skip("needs a Hopper GPU")
     weights = RandomWeights(1, 0)
     fused = FusedExperts(
-        n_local, hidden_size, width, Placement(torch.bfloat16, DEVICE), shared_width=2 * width, fp8=fp8
+        n_local, hidden_size, width, Placement(torch.bfloat16, DEVICE, quantization="block_wise_fp8" if fp8 else None),
+        shared_width=2 * width,
     )  # fmt: skip
     fused.load(weights, "experts", first, "shared")
     place = Placement(torch.float32, torch.device("cpu"))

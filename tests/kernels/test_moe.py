@@ -99,7 +99,7 @@ def test_layer(n_tokens: int, kind: str, n_shared: int, name: str, dtype: torch.
 )
 def test_fp8_layer(n_tokens: int, kind: str, name: str) -> None:
     from fastdeploy.kernels.moe import ExpertWeights, fused_moe, fused_moe_ref
-    from fastdeploy.kernels.quantize import quantize_blocks
+    from fastdeploy.kernels.weight_formats import quantize_blocks
 
     hidden_size, width, n_shared = 256, 128, 1
     n = N_LOCAL + n_shared

@@ -24,7 +24,7 @@ GIB = 1 << 30
 def _weights_and_page(config: EngineConfig, number: int) -> tuple[int, int]:
     """Bytes of the weights that rank `number` loads, and of a page."""
     shape, where = config.model.shape, topology.position(config.parallel, number)
-    place = Placement(torch.float32, torch.device("cpu"), Peers(where))
+    place = Placement(torch.float32, torch.device("cpu"), Peers(where), quantization=config.model.quantization)
     heads = AttentionShape(
         n_layers=shape.n_layers,
         n_heads=shape.n_heads // where.n_tensor,
@@ -65,6 +65,28 @@ def test_plan_is_what_layers_take(
         assert sum(plan.weights.values()) - routers == weights
         assert (plan.page_bytes, plan.n_pages) == (page, 12)
         assert plan.total_bytes == plan.weight_bytes + 12 * page + plan.buffer_bytes
+
+
+@pytest.mark.parametrize("quantization", ["wint8", "wint4"])
+@pytest.mark.parametrize(("tensor", "data", "expert"), [(1, 1, False), (2, 1, False), (1, 2, True)])
+def test_quantised_weights_take_what_is_planned(
+    tmp_path: Path, quantization: str, tensor: int, data: int, expert: bool
+) -> None:
+    folder = build(tmp_path / "model", "ernie4_5_moe", dtype="bfloat16")
+    config = resolve(
+        EngineArgs(
+            model=str(folder),
+            device="cpu",
+            quantization=quantization,
+            tensor_parallel_size=tensor,
+            data_parallel_size=data,
+            enable_expert_parallel=expert,
+            max_model_len=128,
+        )
+    )
+    for number in range(config.parallel.n_ranks):
+        parts = plan_rank(config, number, "bfloat16", GIB).weights
+        assert sum(parts.values()) - parts["routers"] == _weights_and_page(config, number)[0]
 
 
 def test_biases_count(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastdeploy.config.schema import Quantization
 from fastdeploy.errors import ConfigError
 from fastdeploy.kernels.moe import ExpertWeights, fused_moe, moe_slots
 from fastdeploy.kernels.moe_many_fp8 import fits_hopper
 from fastdeploy.kernels.moe_rows import SlotOutputs
 from fastdeploy.kernels.moe_tiles import load_tiles
-from fastdeploy.kernels.quantize import FP8_BLOCK, quantize_blocks
+from fastdeploy.kernels.weight_formats import CODE_DTYPES, quantize
 from fastdeploy.layers.moe.gate import Routing
 from fastdeploy.layers.placement import Placement
 from fastdeploy.layers.upload import Uploader
@@ -26,8 +27,8 @@ class FusedExperts(nn.Module):
     """`n_local` gated FFNs of width M, applied to the rows routed to them; see LocalExperts.
 
     With `shared_width`, a multiple of M, the FFN that every row passes is computed along: it is cut into experts of
-    width M whose outputs add up to its own, so that a decode step reads its weights in the same launches. `fp8`:
-    weights are rounded to block-wise FP8 when they are loaded, and activations when they are used.
+    width M whose outputs add up to its own, so that a decode step reads its weights in the same launches. Weights are
+    held in the format that `place` names; with block-wise FP8, activations are rounded when they are used.
     """
 
     def __init__(
@@ -38,18 +39,16 @@ class FusedExperts(nn.Module):
         place: Placement,
         *,
         shared_width: int = 0,
-        fp8: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(hidden_size, width, shared_width, place, fp8)
+        _check_sizes(hidden_size, width, shared_width, place)
         self.n_local = n_local
         self.n_shared = shared_width // width
         self.width = width
         self.hidden_size = hidden_size
         self.place = place
-        self.fp8 = fp8
         self.weights: ExpertWeights | None = None
-        dtype = torch.float8_e4m3fn if fp8 else place.dtype
+        dtype = place.dtype if place.quantization is None else CODE_DTYPES[place.quantization]
         self.tiles = load_tiles(place.device, n_local, hidden_size, width, dtype)
 
     def forward(self, x_rH: Tensor, routing: Routing) -> Tensor:
@@ -87,15 +86,17 @@ class FusedExperts(nn.Module):
             for i in range(self.n_shared):
                 read = self._readers(shared_weights or weights, shared_name, self.n_shared * self.width, i * self.width)
                 self._put(uploader, gate_up_eXH[self.n_local + i], down_eHM[self.n_local + i], read)
-        if self.fp8:
-            self.weights = _quantize(gate_up_eXH, down_eHM, self.n_shared)
-        else:
+        if self.place.quantization is None:
             self.weights = ExpertWeights(gate_up_eXH, down_eHM, self.n_shared)
+            return
+        (gate_up, gate_up_scale), (down, down_scale) = (
+            _quantize(stack, self.place.quantization) for stack in (gate_up_eXH, down_eHM)
+        )
+        self.weights = ExpertWeights(gate_up, down, self.n_shared, gate_up_scale, down_scale)
 
     def n_bytes(self) -> int:
         """Bytes of the weights."""
-        n_weights = 3 * (self.n_local + self.n_shared) * self.width * self.hidden_size
-        return n_weights + n_weights // FP8_BLOCK**2 * 4 if self.fp8 else n_weights * self.place.dtype.itemsize
+        return 0 if self.weights is None else self.weights.n_bytes()
 
     def _readers(self, weights: WeightSource, name: str, width: int, first: int) -> list[Callable[[], Tensor]]:
         """Of gate, up and down: `self.width` rows (columns of down) from `first` on of an FFN of `width`."""
@@ -110,31 +111,23 @@ class FusedExperts(nn.Module):
         uploader.put(down_HM, read[2])
 
 
-def _check_sizes(hidden_size: int, width: int, shared_width: int, place: Placement, fp8: bool) -> None:
-    itemsize = 1 if fp8 else place.dtype.itemsize
-    if hidden_size * itemsize % _ROW_ALIGNMENT_BYTES or width * itemsize % _ROW_ALIGNMENT_BYTES:
+def _check_sizes(hidden_size: int, width: int, shared_width: int, place: Placement) -> None:
+    name, itemsize = place.quantization, place.dtype.itemsize
+    if name is None and (hidden_size * itemsize % _ROW_ALIGNMENT_BYTES or width * itemsize % _ROW_ALIGNMENT_BYTES):
         raise ConfigError(
             f"experts of width {width} and hidden size {hidden_size} in {place.dtype}: rows must be multiples of "
             f"{_ROW_ALIGNMENT_BYTES} bytes on this device"
         )
-    if fp8 and not fits_hopper(place.device, hidden_size, width):
+    if name == "block_wise_fp8" and not fits_hopper(place.device, hidden_size, width):
         raise ConfigError(
-            f"block-wise FP8 experts of width {width} and hidden size {hidden_size}: these need a Hopper GPU, a width "
-            f"in 128s and a hidden size in 256s; serve this model without quantization"
+            f"--quantization {name}: experts of width {width} (on each rank) and hidden size {hidden_size}: these need "
+            f"a Hopper GPU, a width in 128s and a hidden size in 256s; wint8 and wint4 take any"
         )
     if shared_width % width:
         raise ValueError(f"a shared FFN of width {shared_width} is no multiple of the experts' width {width}")
 
 
-def _quantize(gate_up_eXH: Tensor, down_eHM: Tensor, n_shared: int) -> ExpertWeights:
+def _quantize(stack: Tensor, name: Quantization) -> tuple[Tensor, Tensor]:
     """Expert by expert, so that the float32 copies in between stay small."""
-    stacks = []
-    for stack in (gate_up_eXH, down_eHM):
-        codes = torch.empty(stack.shape, dtype=torch.float8_e4m3fn, device=stack.device)
-        scales = []
-        for i, weight in enumerate(stack):
-            codes[i], scale = quantize_blocks(weight)
-            scales.append(scale)
-        stacks.append((codes, torch.stack(scales)))
-    (gate_up, gate_up_scale), (down, down_scale) = stacks
-    return ExpertWeights(gate_up, down, n_shared, gate_up_scale, down_scale)
+    parts = [quantize(weight, name) for weight in stack]
+    return torch.stack([codes for codes, _ in parts]), torch.stack([scale for _, scale in parts])
