@@ -22,8 +22,6 @@ def resolve_quantization(
         if asked == name:
             if name == "block_wise_fp8":
                 problems += _fp8_problems(device, shape)
-            elif device != "cpu":
-                problems.append(f"--quantization {name}: runs on a CPU so far")
             return name  # type: ignore[no-any-return]
     shown = f"--quantization {asked}" if isinstance(asked, str) else "--quantization"
     problems.append(f"{shown}: must be one of {', '.join(get_args(Quantization))}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastdeploy.kernels.int_matmul import down_int, gate_up_int
 from fastdeploy.kernels.moe_few import Groups, down_few, gate_up_few
 from fastdeploy.kernels.moe_few_fp8 import down_few_fp8, gate_up_few_fp8
 from fastdeploy.kernels.moe_many import down_many, gate_up_many
@@ -100,6 +101,9 @@ def _few(x_tH: Tensor, weights: ExpertWeights, expert_tk: Tensor, plan: FewPlan)
         return down_few(
             gate_up_few(x_tH, weights.gate_up_eXH, groups, plan.gate_up), weights.down_eHM, groups, plan.down
         )
+    if weights.gate_up_eXH.dtype != torch.float8_e4m3fn:
+        h_pM = gate_up_int(x_tH, weights.gate_up_eXH, weights.gate_up_scale, groups, plan.gate_up)
+        return down_int(h_pM, weights.down_eHM, weights.down_scale, groups, plan.down)
     x8 = quantize_rows(x_tH)
     h8 = gate_up_few_fp8(*x8, weights.gate_up_eXH, weights.gate_up_scale, groups, plan.gate_up)
     return down_few_fp8(*h8, weights.down_eHM, weights.down_scale, groups, plan.down, like=x_tH)

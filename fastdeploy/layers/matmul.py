@@ -95,6 +95,11 @@ class IntMatmul:
         self.codes, self.scale = codes, scale
 
     def __call__(self, x_tI: Tensor, bias_O: Tensor | None) -> Tensor:
+        if x_tI.is_cuda:
+            # Triton is there on GPUs only.
+            from fastdeploy.kernels.int_matmul import int_linear
+
+            return int_linear(x_tI, self.codes, self.scale, bias_O)
         weight_OI = dequantize(self.codes, self.scale, x_tI.shape[1]).to(x_tI.dtype)
         return functional.linear(x_tI, weight_OI, bias_O)
 
