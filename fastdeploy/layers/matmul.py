@@ -22,6 +22,7 @@ from fastdeploy.kernels.cpu.library import WEIGHT_TYPES, kernels_for
 from fastdeploy.kernels.cpu.panels import PanelMatmul, to_panels
 from fastdeploy.kernels.weight_formats import FP8_BLOCK, dequantize, quantize, quantize_blocks
 from fastdeploy.layers.placement import Placement
+from fastdeploy.models.fp8_blocks import Blocks
 
 # Rows for which oneDNN chooses the blocked layout; the layout serves every other row count as well.
 _PACK_ROWS = 16
@@ -67,11 +68,13 @@ class Fp8Matmul:
     it was stored; both forms together are small beside the experts.
     """
 
-    def __init__(self, weight_OI: Tensor) -> None:
+    def __init__(self, weight_OI: Tensor, blocks: Blocks | None = None) -> None:
+        """`blocks`: its codes and scales, where a checkpoint has them."""
         if torch.cuda.get_device_capability(weight_OI.device)[0] != _HOPPER:
             raise ConfigError("--quantization block_wise_fp8: needs a Hopper GPU; leave it out on this one")
         self.plain = PlainMatmul(weight_OI)
-        self.codes_OI, self.scale_ob = quantize_blocks(weight_OI)
+        codes_OI, scale_ob = quantize_blocks(weight_OI) if blocks is None else blocks
+        self.codes_OI, self.scale_ob = codes_OI.to(weight_OI.device), scale_ob.to(weight_OI.device)
 
     def __call__(self, x_tI: Tensor, bias_O: Tensor | None) -> Tensor:
         if x_tI.shape[0] < _MIN_FP8_ROWS:
@@ -139,12 +142,20 @@ def make_matmul(weight_OI: Tensor, place: Placement) -> Matmul:
     return load_matmul(lambda: weight_OI, weight_OI.shape[0], place)
 
 
-def load_matmul(read_OI: Callable[[], Tensor], n_out: int, place: Placement) -> Matmul:
-    """The same for a weight [n_out, I] that is read only where it has to be, see `WeightMemory`."""
+def load_matmul(
+    read_OI: Callable[[], Tensor],
+    n_out: int,
+    place: Placement,
+    read_fp8: Callable[[], Blocks | None] = lambda: None,
+) -> Matmul:
+    """The same for a weight [n_out, I] that is read only where it has to be, see `WeightMemory`.
+
+    `read_fp8` gives its blocks where they are stored.
+    """
     if place.quantization == "block_wise_fp8":
         weight_OI = read_OI().to(place.dtype)
         fits = weight_OI.shape[0] % FP8_BLOCK == 0 == weight_OI.shape[1] % FP8_BLOCK
-        return Fp8Matmul(weight_OI) if fits else PlainMatmul(weight_OI)
+        return Fp8Matmul(weight_OI, read_fp8()) if fits else PlainMatmul(weight_OI)
     if place.quantization is not None:
         return _int_matmul(read_OI, place.quantization, place.weights)
     if place.device.type != "cpu" or place.dtype != torch.float32:

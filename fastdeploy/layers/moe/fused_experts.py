@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
-import torch
 from torch import Tensor, nn
 
-from fastdeploy.config.schema import Quantization
 from fastdeploy.errors import ConfigError
 from fastdeploy.kernels.moe import ExpertWeights, fused_moe, moe_slots
 from fastdeploy.kernels.moe_many_fp8 import fits_hopper
 from fastdeploy.kernels.moe_rows import SlotOutputs
 from fastdeploy.kernels.moe_tiles import load_tiles
-from fastdeploy.kernels.weight_formats import CODE_DTYPES, quantize
+from fastdeploy.kernels.weight_formats import CODE_DTYPES
+from fastdeploy.layers.moe.expert_stacks import Expert, Part, load_stacks
 from fastdeploy.layers.moe.gate import Routing
 from fastdeploy.layers.placement import Placement
-from fastdeploy.layers.upload import Uploader
 from fastdeploy.models.weights import WeightSource
 
 _ROW_ALIGNMENT_BYTES = 16  # of the copy engine
@@ -75,40 +70,24 @@ class FusedExperts(nn.Module):
 
         Raises CheckpointError when a tensor is missing or has another shape.
         """
-        n_experts, device = self.n_local + self.n_shared, self.place.device
-        dtype, hidden_size = self.place.dtype, self.hidden_size
-        gate_up_eXH = torch.empty(n_experts, 2 * self.width, hidden_size, dtype=dtype, device=device)
-        down_eHM = torch.empty(n_experts, hidden_size, self.width, dtype=dtype, device=device)
-        with Uploader(device) as uploader:
-            for i in range(self.n_local):
-                read = self._readers(weights, f"{name}.{first_expert + i}", self.width, 0)
-                self._put(uploader, gate_up_eXH[i], down_eHM[i], read)
-            for i in range(self.n_shared):
-                read = self._readers(shared_weights or weights, shared_name, self.n_shared * self.width, i * self.width)
-                self._put(uploader, gate_up_eXH[self.n_local + i], down_eHM[self.n_local + i], read)
-        if self.place.quantization is None:
-            self.weights = ExpertWeights(gate_up_eXH, down_eHM, self.n_shared)
-            return
-        (gate_up, gate_up_scale), (down, down_scale) = (
-            _quantize(stack, self.place.quantization) for stack in (gate_up_eXH, down_eHM)
-        )
+        experts = [self._parts(weights, f"{name}.{first_expert + i}", self.width, 0) for i in range(self.n_local)]
+        experts += [
+            self._parts(shared_weights or weights, shared_name, self.n_shared * self.width, i * self.width)
+            for i in range(self.n_shared)
+        ]
+        (gate_up, gate_up_scale), (down, down_scale) = load_stacks(experts, self.hidden_size, self.width, self.place)
         self.weights = ExpertWeights(gate_up, down, self.n_shared, gate_up_scale, down_scale)
 
     def n_bytes(self) -> int:
         """Bytes of the weights."""
         return 0 if self.weights is None else self.weights.n_bytes()
 
-    def _readers(self, weights: WeightSource, name: str, width: int, first: int) -> list[Callable[[], Tensor]]:
-        """Of gate, up and down: `self.width` rows (columns of down) from `first` on of an FFN of `width`."""
-        part = slice(first, first + self.width)
+    def _parts(self, weights: WeightSource, name: str, width: int, first: int) -> Expert:
+        """Gate, up and down: `self.width` rows (columns of down) from `first` on of an FFN of `width`."""
+        cut = slice(first, first + self.width)
         gate, up = (weights.require(f"{name}.{x}_proj.weight", (width, self.hidden_size)) for x in ("gate", "up"))
         down = weights.require(f"{name}.down_proj.weight", (self.hidden_size, width))
-        return [partial(gate.read, part), partial(up.read, part), partial(down.read, None, part)]
-
-    def _put(self, uploader: Uploader, gate_up_XH: Tensor, down_HM: Tensor, read: list[Callable[[], Tensor]]) -> None:
-        uploader.put(gate_up_XH[: self.width], read[0])
-        uploader.put(gate_up_XH[self.width :], read[1])
-        uploader.put(down_HM, read[2])
+        return Part(gate, cut), Part(up, cut), Part(down, None, cut)
 
 
 def _check_sizes(hidden_size: int, width: int, shared_width: int, place: Placement) -> None:
@@ -125,9 +104,3 @@ def _check_sizes(hidden_size: int, width: int, shared_width: int, place: Placeme
         )
     if shared_width % width:
         raise ValueError(f"a shared FFN of width {shared_width} is no multiple of the experts' width {width}")
-
-
-def _quantize(stack: Tensor, name: Quantization) -> tuple[Tensor, Tensor]:
-    """Expert by expert, so that the float32 copies in between stay small."""
-    parts = [quantize(weight, name) for weight in stack]
-    return torch.stack([codes for codes, _ in parts]), torch.stack([scale for _, scale in parts])
