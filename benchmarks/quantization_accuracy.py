@@ -233,7 +233,10 @@ def measure_layers(device: str) -> dict[str, Any]:
     for name in (None, *FORMATS):
         place = Placement(dtype, torch.device(device), quantization=name)
         for n_rows in LAYER_ROWS[device]:
-            errors = linear_errors(place, n_rows) | {"experts": expert_error(place, n_rows)}
+            try:
+                errors: dict[str, Any] = linear_errors(place, n_rows) | {"experts": expert_error(place, n_rows)}
+            except ConfigError as error:  # a GPU without 8-bit floats
+                errors = {"not measured": str(error)}
             found.setdefault(name or "unquantised", {})[str(n_rows)] = errors
             print(name or "unquantised", n_rows, errors, flush=True)
     return found
