@@ -36,6 +36,7 @@ def engine_config(
     n_pages: int | None = None,
     prefix_caching: bool = True,
     shape: ModelShape | None = None,
+    quantization: str | None = None,
     **limits: Any,
 ) -> EngineConfig:
     """A float32 engine on the CPU. `limits` are fields of SchedulerConfig; no `n_pages` is room for all slots.
@@ -43,7 +44,10 @@ def engine_config(
     `shape` replaces what config.json says. Limits that only the command line refuses are allowed here: a step may have
     fewer tokens than a page.
     """
-    config = resolve(EngineArgs(model=str(folder), device="cpu", dtype="float32", max_model_len=max_model_len))
+    args = EngineArgs(
+        model=str(folder), device="cpu", dtype="float32", max_model_len=max_model_len, quantization=quantization
+    )
+    config = resolve(args)
     scheduler = SchedulerConfig(**{"steps_in_flight": 1, "max_batched_tokens": 2048, **limits})
     if n_pages is None:
         n_pages = (-(-max_model_len // page_tokens) + 1) * scheduler.max_seqs

@@ -131,7 +131,12 @@ class EngineArgs:
     ] = "normal"
     rsync_config: Annotated[Json | None, Flag(MODEL, "Settings of weight transfer.")] = None
     quantization: Annotated[
-        str | Json | None, Flag(MODEL, "Quantize while loading: block_wise_fp8 makes 8-bit weights.")
+        str | Json | None,
+        Flag(
+            MODEL,
+            "Quantize linear layers and experts while loading: block_wise_fp8 (8-bit floats, a Hopper GPU), wint8 or "
+            "wint4 (8- or 4-bit whole numbers, activations stay as they are).",
+        ),
     ] = None
     graph_optimization_config: Annotated[Json | None, Flag(MODEL, "Settings of CUDA graphs and compilation.")] = None
     plas_attention_config: Annotated[Json | None, Flag(MODEL, "Settings of sparse attention.")] = None

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from fastdeploy.config.quantization import matrix_bytes
 from fastdeploy.config.schema import DTypeName, EngineConfig, MoEShape
 from fastdeploy.distributed import topology
 from fastdeploy.distributed.expert_placement import STAGING_BYTES, slots_per_rank
@@ -17,7 +18,6 @@ from fastdeploy.distributed.topology import Position
 
 ITEM_BYTES: Mapping[DTypeName, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
 CUDA_CONTEXT_BYTES = 600 << 20  # of a GPU, taken before any tensor: the context and the libraries' own workspace
-_FP8_BLOCK = 128
 _NEVER_BORROWED = ("biases", "experts", "routers")
 _COMPLEX_BYTES, _ID_BYTES, _FLOAT_BYTES = 8, 8, 4
 
@@ -86,29 +86,42 @@ def _weights(config: EngineConfig, where: Position, stored: DTypeName) -> dict[s
     held = min(item, ITEM_BYTES[stored]) if on_cpu and not model.random_weights else item
     n_rows = topology.run_of(shape.vocab_size, where.n_tensor, where.tensor_rank)[1]
     table = n_rows * shape.hidden_size * held
-    # A layer in FP8 is kept in both forms: few rows take the one that is stored.
-    linear = held + 1 + _FLOAT_BYTES / _FP8_BLOCK**2 if model.quantization == "block_wise_fp8" else held
     sparse = shape.moe.layers if shape.moe is not None else ()
     n_dense = shape.n_layers - len(sparse)
     ffn_width = shape.ffn_width // where.n_tensor
+    attention = [_linear_bytes(config, *sizes, held) for sizes in _attention_sizes(config, where)]
     parts = {
         "embedding": table,
         # A tied head is the same tensor on a GPU; a CPU multiplies with a copy in panels.
         "head": 0 if shape.tied_embeddings and not on_cpu else table,
-        "attention": int(shape.n_layers * _attention_weights(config, where) * linear),
-        "dense layers": int(n_dense * 3 * shape.hidden_size * ffn_width * linear),
+        "attention": shape.n_layers * sum(attention),
+        "dense layers": n_dense * _ffn_bytes(config, ffn_width, held),
         "biases": _biases(config, where) * item,
     }
     if shape.moe is not None:
-        parts |= _sparse_weights(config, where, shape.moe, held, linear)
+        parts |= _sparse_weights(config, where, shape.moe, held)
     return parts
 
 
-def _attention_weights(config: EngineConfig, where: Position) -> int:
-    """Elements of one layer's projections."""
+def _linear_bytes(config: EngineConfig, n_out: int, n_in: int, held: int) -> int:
+    """Of a linear layer's weight. One in FP8 is kept in both forms: few rows take the one that is stored."""
+    name = config.model.quantization
+    plain = n_out * n_in * held if name == "block_wise_fp8" else 0
+    return plain + matrix_bytes(name, n_out, n_in, held)
+
+
+def _ffn_bytes(config: EngineConfig, width: int, held: int) -> int:
+    """Of a gated FFN made of linear layers."""
+    hidden = config.model.shape.hidden_size
+    return _linear_bytes(config, 2 * width, hidden, held) + _linear_bytes(config, hidden, width, held)
+
+
+def _attention_sizes(config: EngineConfig, where: Position) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Outputs and inputs of one layer's two projections."""
     shape = config.model.shape
     n_heads, n_kv_heads = shape.n_heads // where.n_tensor, topology.local_kv_heads(shape.n_kv_heads, where)[1]
-    return shape.hidden_size * shape.head_dim * (2 * n_heads + 2 * n_kv_heads)
+    n_q = n_heads * shape.head_dim
+    return (n_q + 2 * n_kv_heads * shape.head_dim, shape.hidden_size), (shape.hidden_size, n_q)
 
 
 def _biases(config: EngineConfig, where: Position) -> int:
@@ -120,29 +133,24 @@ def _biases(config: EngineConfig, where: Position) -> int:
     return shape.n_layers * (shape.attention_bias * attention + shape.mlp_bias * ffn)
 
 
-def _sparse_weights(config: EngineConfig, where: Position, moe: MoEShape, held: int, linear: float) -> dict[str, int]:
-    hidden = config.model.shape.hidden_size
+def _sparse_weights(config: EngineConfig, where: Position, moe: MoEShape, held: int) -> dict[str, int]:
+    name, hidden = config.model.quantization, config.model.shape.hidden_size
     n_local = topology.local_experts(moe, where)[1]
     if config.eplb is not None:
         n_local = slots_per_rank(moe.n_experts, config.eplb.redundant, where.group_size)
     width = moe.expert_width // (1 if where.spreads_experts else where.n_tensor)
     shared_width = moe.shared_width // where.n_tensor
-    n_experts, n_shared = 3 * n_local * hidden * width, 3 * hidden * shared_width
-    fp8 = config.model.quantization == "block_wise_fp8"
-    # Where every rank has all experts the shared FFN is computed along with them, in their dtype.
-    shared_fp8 = fp8 and not where.spreads_experts
+    expert = matrix_bytes(name, 2 * width, hidden, held) + matrix_bytes(name, hidden, width, held)
+    # Where every rank of GPUs has all experts the shared FFN is computed along with them, cut into their width.
+    cut = config.model.device == "cuda" and not where.spreads_experts and shared_width % width == 0
+    shared = shared_width // width * expert if cut else _ffn_bytes(config, shared_width, held)
     gate_bytes = _FLOAT_BYTES if moe.gate_in_float32 else ITEM_BYTES[config.model.dtype]
     n_layers = len(moe.layers)
     return {
-        "experts": n_layers * (_fp8_bytes(n_experts) if fp8 else n_experts * held),
-        "shared experts": n_layers * (_fp8_bytes(n_shared) if shared_fp8 else int(n_shared * linear)),
+        "experts": n_layers * n_local * expert,
+        "shared experts": n_layers * shared,
         "routers": n_layers * moe.n_experts * hidden * gate_bytes,
     }
-
-
-def _fp8_bytes(n_elements: int) -> int:
-    """A byte each, and a float32 scale for each block."""
-    return n_elements + n_elements // _FP8_BLOCK**2 * _FLOAT_BYTES
 
 
 def _page_bytes(config: EngineConfig, where: Position) -> int:

@@ -13,6 +13,7 @@ DeviceName = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 RopeStyle = Literal["half_split", "interleaved"]
+Quantization = Literal["block_wise_fp8", "wint8", "wint4"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,7 @@ class ModelConfig:
     tokenizer_path: str | None = None  # None: the model's folder
     random_weights: bool = False  # `--load-choices dummy`
     seed: int = 0
-    quantization: Literal["block_wise_fp8"] | None = None  # of experts and linear layers, made when they are loaded
+    quantization: Quantization | None = None  # of experts and linear layers, made when they are loaded
     synthetic: SyntheticConfig | None = None  # there is no model: answers are made up at this pace
 
 

@@ -6,10 +6,11 @@ Layers ask for tensors of their local sizes; what stands between them and the ch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from fastdeploy.kernels.weight_formats import FP8_BLOCK
 from fastdeploy.models.weights import StoredTensor, WeightSource
 
 
@@ -33,6 +34,14 @@ class _CutTensor:
         if self.axis == 0:
             return self.whole.read(rows=self._within(rows), columns=columns)
         return self.whole.read(rows=rows, columns=self._within(columns))
+
+    def as_fp8(self) -> tuple[StoredTensor, StoredTensor] | None:
+        whole = self.whole.as_fp8()
+        if whole is None or self.first % FP8_BLOCK or self.n % FP8_BLOCK:
+            return None
+        codes, scales = whole
+        first, n = self.first // FP8_BLOCK, self.n // FP8_BLOCK
+        return replace(self, whole=codes), _CutTensor(scales, self.axis, first, n)
 
     def _within(self, part: slice | None) -> slice:
         """A slice of this share as one of the whole."""

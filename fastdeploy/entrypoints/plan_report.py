@@ -96,7 +96,7 @@ def _verdict(config: EngineConfig, ranks: list[RankMemory]) -> str:
         least = fullest.weight_bytes + fullest.buffer_bytes + 2 * fullest.page_bytes
         return (
             f"\ndoes not fit: rank {fullest.number} needs {max(needed, least) / _GIB:.1f} GiB{beside}, its device has "
-            f"{fullest.device_bytes / _GIB:.1f}; use more ranks, fewer pages, or --quantization block_wise_fp8"
+            f"{fullest.device_bytes / _GIB:.1f}; use more ranks, fewer pages, or --quantization wint8"
         )
     n_full = n_tokens // config.model.max_model_len
     return (

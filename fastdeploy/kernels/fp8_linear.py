@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastdeploy.kernels.quantize import FP8_BLOCK, dequantize_blocks, quantize_rows, quantize_rows_ref
+from fastdeploy.kernels.quantize import quantize_rows, quantize_rows_ref
+from fastdeploy.kernels.weight_formats import FP8_BLOCK, dequantize_blocks
 
 _MAX_FEW_ROWS = 32  # cuBLAS refuses a handful of rows and gains from here on
 _ROW_STEP = 16  # cuBLAS wants whole 16-byte columns of scales

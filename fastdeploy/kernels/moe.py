@@ -12,22 +12,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastdeploy.kernels.int_matmul import down_int, gate_up_int
 from fastdeploy.kernels.moe_few import Groups, down_few, gate_up_few
 from fastdeploy.kernels.moe_few_fp8 import down_few_fp8, gate_up_few_fp8
 from fastdeploy.kernels.moe_many import down_many, gate_up_many
 from fastdeploy.kernels.moe_many_fp8 import down_many_fp8, gate_up_many_fp8
 from fastdeploy.kernels.moe_rows import SlotOutputs, gather_rows, sort_pairs
 from fastdeploy.kernels.moe_tiles import FewPlan, ManyPlan, MoETiles
-from fastdeploy.kernels.quantize import RowsFp8, dequantize_blocks, quantize_rows
+from fastdeploy.kernels.quantize import RowsFp8, quantize_rows
 from fastdeploy.kernels.silu_mul import silu_mul
+from fastdeploy.kernels.weight_formats import dequantize
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
     """Stacked weights of routed and shared experts: [e, 2M, H] with gate rows first, and [e, H, M].
 
-    The last `n_shared` experts are passed by every token with weight 1. FP8 weights bring scales per 128 x 128 block,
-    [e, 2M / 128, H / 128] and [e, H / 128, M / 128].
+    The last `n_shared` experts are passed by every token with weight 1. Quantised weights are codes and bring scales,
+    see weight_formats.py; the codes' dtype tells the format.
     """
 
     gate_up_eXH: Tensor
@@ -41,16 +43,22 @@ class ExpertWeights:
         """Routed experts."""
         return self.gate_up_eXH.shape[0] - self.n_shared
 
+    def n_bytes(self) -> int:
+        """Bytes of weights and scales."""
+        tensors = (self.gate_up_eXH, self.down_eHM, self.gate_up_scale, self.down_scale)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
 
 def fused_moe_ref(x_tH: Tensor, weights: ExpertWeights, expert_tk: Tensor, weight_tk: Tensor) -> Tensor:
     """What `fused_moe` computes, expert after expert, in float32."""
     gate_up_eXH, down_eHM = weights.gate_up_eXH, weights.down_eHM
     y_tH = torch.zeros_like(x_tH, dtype=torch.float32)
     for i in range(gate_up_eXH.shape[0]):
-        gate_up_XH, down_HM = gate_up_eXH[i].float(), down_eHM[i].float()
         if weights.gate_up_scale is not None and weights.down_scale is not None:
-            gate_up_XH = dequantize_blocks(gate_up_eXH[i], weights.gate_up_scale[i])
-            down_HM = dequantize_blocks(down_eHM[i], weights.down_scale[i])
+            gate_up_XH = dequantize(gate_up_eXH[i], weights.gate_up_scale[i], x_tH.shape[1])
+            down_HM = dequantize(down_eHM[i], weights.down_scale[i], gate_up_eXH.shape[1] // 2)
+        else:
+            gate_up_XH, down_HM = gate_up_eXH[i].float(), down_eHM[i].float()
         gate_tM, up_tM = functional.linear(x_tH.float(), gate_up_XH).chunk(2, -1)
         weight_t = (weight_tk.float() * (expert_tk == i)).sum(1) if i < weights.n_local else weight_tk.new_ones(1)
         y_tH += functional.linear(functional.silu(gate_tM) * up_tM, down_HM) * weight_t[:, None]
@@ -99,6 +107,9 @@ def _few(x_tH: Tensor, weights: ExpertWeights, expert_tk: Tensor, plan: FewPlan,
         return down_few(
             gate_up_few(x_tH, weights.gate_up_eXH, groups, plan.gate_up), weights.down_eHM, groups, plan.down
         )
+    if weights.gate_up_eXH.dtype != torch.float8_e4m3fn:
+        h_pM = gate_up_int(x_tH, weights.gate_up_eXH, weights.gate_up_scale, groups, plan.gate_up)
+        return down_int(h_pM, weights.down_eHM, weights.down_scale, groups, plan.down)
     rows8 = rows8 or quantize_rows(x_tH)
     h8 = gate_up_few_fp8(*rows8, weights.gate_up_eXH, weights.gate_up_scale, groups, plan.gate_up)
     return down_few_fp8(*h8, weights.down_eHM, weights.down_scale, groups, plan.down, like=x_tH)

@@ -13,7 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdeploy.kernels.moe_few import FewTile, Groups, block_of
 from fastdeploy.kernels.overlap import await_previous, overlaps
-from fastdeploy.kernels.quantize import FP8_BLOCK, to_fp8
+from fastdeploy.kernels.quantize import to_fp8
+from fastdeploy.kernels.weight_formats import FP8_BLOCK
 
 
 def gate_up_few_fp8(

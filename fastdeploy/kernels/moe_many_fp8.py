@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastdeploy.kernels.moe_many import count_tiles, find_tile
-from fastdeploy.kernels.quantize import FP8_BLOCK
+from fastdeploy.kernels.weight_formats import FP8_BLOCK
 
 _ROWS = 128  # rows of a tile; it has twice as many output columns, in two halves
 _STAGES = 4

@@ -27,7 +27,10 @@ FOLDER = Path(__file__).parent / "tuned"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FewPlan:
-    """Tiles of a decode step; `direct`: every pair is a block of its own, and nothing is sorted."""
+    """Tiles of a decode step, or with whole-number weights of any.
+
+    `direct`: every pair is a block of its own, and nothing is sorted.
+    """
 
     gate_up: FewTile
     down: FewTile
@@ -93,6 +96,17 @@ DEFAULT_FP8_PLANS: Mapping[int, MoEPlan] = _plans(
     },
     ManyPlan(),
 )
+# Whole numbers have one kernel, whose tiles grow with the rows of an expert. Not tuned.
+_INT_WIDE = {bm: FewTile(bm=bm, bn=64, bk=128, stages=3, warps=8 if bm == 128 else 4) for bm in (16, 32, 64, 128)}
+DEFAULT_INT_PLANS: Mapping[int, MoEPlan] = MappingProxyType(
+    {
+        limit: MoEPlan(few=FewPlan(gate_up=_INT_WIDE[bm], down=_INT_WIDE[bm], direct=limit == 1))
+        for limit, bm in {1: 16, 160: 16, 320: 32, 640: 64, ANY_NUMBER: 128}.items()
+    }
+)
+_DEFAULTS: Mapping[torch.dtype, Mapping[int, MoEPlan]] = MappingProxyType(
+    {torch.float8_e4m3fn: DEFAULT_FP8_PLANS, torch.int8: DEFAULT_INT_PLANS, torch.uint8: DEFAULT_INT_PLANS}
+)
 
 
 def table_path(device: torch.device, n_experts: int, hidden_size: int, width: int, dtype: torch.dtype) -> Path:
@@ -112,7 +126,7 @@ def load_tiles(device: torch.device, n_experts: int, hidden_size: int, width: in
     if path.is_file():
         return MoETiles(parse_plans(json.loads(path.read_text())["plans"]), n_sms)
     log.info("no tuned tiles %s: using the defaults; `python -m fastdeploy.kernels.tune_moe` makes them", path.name)
-    return MoETiles(DEFAULT_FP8_PLANS if dtype == torch.float8_e4m3fn else DEFAULT_PLANS, n_sms)
+    return MoETiles(_DEFAULTS.get(dtype, DEFAULT_PLANS), n_sms)
 
 
 def parse_plans(plans: Mapping[str, Mapping[str, Any]]) -> Mapping[int, MoEPlan]:

@@ -1,7 +1,6 @@
-"""Weight formats: block-wise FP8 (scales per 128 x 128 weights, 1 x 128 activations), int8 per row, int4 per group.
+"""Activations as 8-bit floats (e4m3fn) with a scale for every 128 columns, made on every step by a kernel.
 
-FP8 is e4m3fn; a scale is what a code is multiplied with. Weights are quantised once, at load time, in plain torch;
-activations are quantised on every step by a kernel.
+Weights are quantised once, see `weight_formats.py`. A scale is what a code is multiplied with.
 """
 
 from __future__ import annotations
@@ -14,60 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeploy.kernels.overlap import await_previous, overlaps
+from fastdeploy.kernels.weight_formats import FP8_BLOCK
 
-FP8_BLOCK = 128
-INT4_GROUP = 128
 _FP8_MAX = 448.0
 _MIN_SCALE = 1e-12  # an all-zero block would divide by zero
-
-
-def quantize_blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """FP8 codes [..., O, I] and float32 scales [..., ceil(O / 128), ceil(I / 128)] of a weight or a stack of them."""
-    rows, columns = weight_OI.shape[-2:]
-    pad = (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK)
-    padded = torch.nn.functional.pad(weight_OI.float(), pad)
-    blocks = padded.unflatten(-1, (-1, FP8_BLOCK)).unflatten(-3, (-1, FP8_BLOCK))
-    scale = (blocks.abs().amax((-3, -1)) / _FP8_MAX).clamp_min(_MIN_SCALE)
-    codes = (blocks / scale[..., :, None, :, None]).flatten(-4, -3).flatten(-2, -1)[..., :rows, :columns]
-    return codes.to(torch.float8_e4m3fn).contiguous(), scale
-
-
-def dequantize_blocks(codes_OI: Tensor, scales: Tensor) -> Tensor:
-    """float32 values of what `quantize_blocks` returned."""
-    rows, columns = codes_OI.shape[-2:]
-    wide = scales.repeat_interleave(FP8_BLOCK, -2)[..., :rows, :].repeat_interleave(FP8_BLOCK, -1)[..., :columns]
-    return codes_OI.float() * wide
-
-
-def quantize_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes [..., O, I] and float32 scales [..., O], one per row."""
-    values = weight_OI.float()
-    scale = (values.abs().amax(-1) / 127).clamp_min(_MIN_SCALE)
-    return (values / scale[..., None]).round().to(torch.int8), scale
-
-
-def dequantize_int8(codes_OI: Tensor, scale_O: Tensor) -> Tensor:
-    """float32 values of what `quantize_int8` returned."""
-    return codes_OI.float() * scale_O[..., None]
-
-
-def quantize_int4(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 [..., O, I / 2] of two codes each, and float32 scales [..., O, I / 128], one per 128 columns of a row.
-
-    A code is value + 8, values in -7..7; byte j holds column j in its low half and column j + I / 2 in its high half,
-    so that unpacking shuffles nothing. I must be a multiple of 256.
-    """
-    values = weight_OI.float().unflatten(-1, (-1, INT4_GROUP))
-    scale = (values.abs().amax(-1) / 7).clamp_min(_MIN_SCALE)
-    codes = ((values / scale[..., None]).round() + 8).flatten(-2).to(torch.uint8)
-    low, high = codes.chunk(2, -1)
-    return low | high << 4, scale
-
-
-def dequantize_int4(packed_OJ: Tensor, scales: Tensor) -> Tensor:
-    """float32 values of what `quantize_int4` returned."""
-    codes = torch.cat((packed_OJ & 15, packed_OJ >> 4), -1).float() - 8
-    return codes * scales.repeat_interleave(INT4_GROUP, -1)
 
 
 class RowsFp8(NamedTuple):

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeploy.kernels.overlap import await_previous, overlaps
-from fastdeploy.kernels.quantize import FP8_BLOCK, RowsFp8, quantize_rows_ref, to_fp8
+from fastdeploy.kernels.quantize import RowsFp8, quantize_rows_ref, to_fp8
+from fastdeploy.kernels.weight_formats import FP8_BLOCK
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:

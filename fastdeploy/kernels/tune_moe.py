@@ -1,6 +1,7 @@
 """Measures which tiles the experts of a shape run fastest with, and writes the table that `moe_tiles` reads.
 
-python -m fastdeploy.kernels.tune_moe --experts 64 --shared 2 --hidden-size 2560 --width 1536 --top-k 6 [--fp8]
+python -m fastdeploy.kernels.tune_moe --experts 64 --shared 2 --hidden-size 2560 --width 1536 --top-k 6 \
+    [--quantization wint8]
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 
+from fastdeploy.config.schema import Quantization
 from fastdeploy.kernels.moe import ExpertWeights, fused_moe
 from fastdeploy.kernels.moe_few import FewTile
 from fastdeploy.kernels.moe_many import ManyTile
@@ -31,7 +33,7 @@ from fastdeploy.kernels.moe_tiles import (
     dump_plans,
     table_path,
 )
-from fastdeploy.kernels.quantize import quantize_blocks
+from fastdeploy.kernels.weight_formats import CODE_DTYPES, quantize
 
 N_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 _MAX_FEW_TOKENS, _MIN_MANY_TOKENS, _MAX_DIRECT_TOKENS = 1024, 256, 4
@@ -49,20 +51,22 @@ class Shape:
     hidden_size: int
     width: int
     top_k: int
-    fp8: bool
+    quantization: Quantization | None
 
 
-def few_tiles(n_rows: float, n_products: int, fp8: bool) -> Iterator[FewTile]:
+def few_tiles(n_rows: float, n_products: int, quantization: Quantization | None) -> Iterator[FewTile]:
     """Candidates for a decode matmul with `n_rows` rows per expert; gate and up are two products."""
     heights = [16] if n_rows <= 8 else [16, 32] if n_rows <= 16 else [32, 64, 128]
-    if fp8:
+    if quantization == "block_wise_fp8":
         widths = (128,) if n_products == 2 else (64, 128)
         cuts = [(bn, 128, stages, warps) for bn, stages, warps in product(widths, (3, 4, 6), (4, 8))]
+    elif quantization is not None:
+        cuts = [(bn, 128, stages, warps) for bn, stages, warps in product((32, 64, 128), (3, 4), (4, 8))]
     else:
         cuts = [(32, 128, 4, 4), (32, 256, 3, 4), (64, 64, 4, 4), (64, 128, 3, 4), (64, 128, 4, 4), (64, 128, 3, 8)]
         cuts += [(128, 64, 3, 4), (128, 64, 3, 8), (128, 64, 4, 8)]
     for bm, (bn, bk, stages, warps) in product(heights, cuts):
-        if (bm + n_products * bn) * bk * stages * (1 if fp8 else 2) <= _MAX_TILE_BYTES:
+        if (bm + n_products * bn) * bk * stages * (2 if quantization is None else 1) <= _MAX_TILE_BYTES:
             yield FewTile(bm=bm, bn=bn, bk=bk, stages=stages, warps=warps)
 
 
@@ -98,9 +102,9 @@ def random_weights(shape: Shape) -> ExpertWeights:
     n = shape.n_experts + shape.n_shared
     sizes = ((n, 2 * shape.width, shape.hidden_size), (n, shape.hidden_size, shape.width))
     gate_up, down = (torch.randn(s, device="cuda", dtype=torch.bfloat16).mul_(0.02) for s in sizes)
-    if not shape.fp8:
+    if shape.quantization is None:
         return ExpertWeights(gate_up, down, shape.n_shared)
-    quantized = [[quantize_blocks(w) for w in stack] for stack in (gate_up, down)]
+    quantized = [[quantize(w, shape.quantization) for w in stack] for stack in (gate_up, down)]
     (up8, up_scale), (down8, down_scale) = ([torch.stack(x) for x in zip(*q, strict=True)] for q in quantized)
     return ExpertWeights(up8, down8, shape.n_shared, up_scale, down_scale)
 
@@ -119,24 +123,25 @@ class Tuner:
     def best_plan(self, n_tokens: int) -> tuple[MoEPlan, float]:
         """The fastest plan and its seconds. The two matmuls do not influence each other, so each is tuned alone."""
         inputs, plans = self._inputs(n_tokens), list[MoEPlan]()
-        if n_tokens <= _MAX_FEW_TOKENS:
+        only_few = self.shape.quantization in ("wint8", "wint4")
+        if n_tokens <= _MAX_FEW_TOKENS or only_few:
             ways = (True, False) if 1 < n_tokens <= _MAX_DIRECT_TOKENS else (n_tokens == 1,)
             plans += [self._best_few(inputs, n_tokens, direct) for direct in ways]
-        if n_tokens >= _MIN_MANY_TOKENS:
+        if n_tokens >= _MIN_MANY_TOKENS and not only_few:
             plans.append(self._best_many(inputs))
         best = self._fastest(inputs, plans)
         return best, self._seconds(inputs, best)
 
     def _best_few(self, inputs: Inputs, n_tokens: int, direct: bool) -> MoEPlan:
-        fp8, n_rows = self.shape.fp8, n_tokens * self.shape.top_k / self.shape.n_all_experts
-        ups, downs = list(few_tiles(n_rows, 2, fp8)), list(few_tiles(n_rows, 1, fp8))
+        name, n_rows = self.shape.quantization, n_tokens * self.shape.top_k / self.shape.n_all_experts
+        ups, downs = list(few_tiles(n_rows, 2, name)), list(few_tiles(n_rows, 1, name))
         first = self._fastest(inputs, [MoEPlan(few=FewPlan(gate_up=t, down=downs[0], direct=direct)) for t in ups]).few
         assert first is not None
         up = first.gate_up
         return self._fastest(inputs, [MoEPlan(few=FewPlan(gate_up=up, down=t, direct=direct)) for t in downs])
 
     def _best_many(self, inputs: Inputs) -> MoEPlan:
-        if self.shape.fp8:
+        if self.shape.quantization is not None:
             return MoEPlan(many=ManyPlan())
         ups, downs = list(many_tiles(2)), list(many_tiles(1))
         first = self._fastest(inputs, [MoEPlan(many=ManyPlan(gate_up=t, down=downs[0])) for t in ups]).many
@@ -175,7 +180,7 @@ def tune(shape: Shape, n_tokens: Sequence[int] = N_TOKENS, folder: Path | None =
         plan, best_s = tuner.best_plan(n)
         plans[ANY_NUMBER if n == n_tokens[-1] else n] = plan
         us[str(n)] = round(best_s * 1e6, 1)
-    dtype = torch.float8_e4m3fn if shape.fp8 else torch.bfloat16
+    dtype = torch.bfloat16 if shape.quantization is None else CODE_DTYPES[shape.quantization]
     path = table_path(torch.device("cuda"), shape.n_experts, shape.hidden_size, shape.width, dtype)
     path = path if folder is None else folder / path.name
     table: dict[str, Any] = {"shape": asdict(shape), "layer_us": us, "plans": dump_plans(plans)}
@@ -195,11 +200,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--top-k": "experts per token",
     }.items():
         parser.add_argument(flag, type=int, required=flag not in ("--shared", "--all-experts"), default=0, help=what)
-    parser.add_argument("--fp8", action="store_true", help="block-wise FP8 weights")
+    parser.add_argument(
+        "--quantization", choices=get_args(Quantization), help="format of the weights (default: bfloat16)"
+    )
     parser.add_argument("--folder", type=Path, help="where the table goes (default: beside the kernels)")
     args = parser.parse_args(argv)
     n_all = args.all_experts or args.experts
-    shape = Shape(args.experts, n_all, args.shared, args.hidden_size, args.width, args.top_k, args.fp8)
+    shape = Shape(args.experts, n_all, args.shared, args.hidden_size, args.width, args.top_k, args.quantization)
     print(tune(shape, folder=args.folder))
 
 

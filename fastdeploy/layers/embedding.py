@@ -72,7 +72,7 @@ class OutputHead(nn.Module):
         self.n_rows = n_rows
         self.place = place
         self.first_row, n_local = _local_rows(n_rows, place)
-        self.linear = Linear(size, (n_local,), replace(place, fp8=False))  # logits decide between close tokens
+        self.linear = Linear(size, (n_local,), replace(place, quantization=None))  # logits decide between close tokens
 
     def forward(self, x_rH: Tensor) -> Tensor:
         return self.place.peers.gather_columns(self.linear(x_rH), self.n_rows)

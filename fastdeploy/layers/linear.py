@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from fastdeploy.layers.matmul import Matmul, load_matmul, make_matmul, stored_dtype
 from fastdeploy.layers.placement import Placement
-from fastdeploy.models.weights import WeightSource
+from fastdeploy.models.fp8_blocks import read_blocks
+from fastdeploy.models.weights import StoredTensor, WeightSource
 
 RowOrder = Callable[[Tensor], Tensor]  # [rows, in] -> the same rows in another order
 
 
 def packed_matmul_available(place: Placement) -> bool:
     """Whether weights there are packed once, so that a step of few rows multiplies with a wide matrix at full speed."""
+    if place.quantization is not None:
+        return False
     return place.device.type == "cpu" and place.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
@@ -50,14 +53,20 @@ class Linear(nn.Module):
             for part_O, name, order in parts:
                 stored_O1 = weights.require(f"{name}.bias", tuple(part_O.shape)).read()[:, None]
                 part_O.copy_((order(stored_O1) if order else stored_O1)[:, 0])
-        self.matmul = load_matmul(lambda: self._read(weights, names, orders), sum(self.out_sizes), self.place)
+        self.matmul = load_matmul(
+            lambda: self._read(weights, names, orders),
+            sum(self.out_sizes),
+            self.place,
+            lambda: read_blocks(self._parts(weights, names), orders),
+        )
+
+    def _parts(self, weights: WeightSource, names: Sequence[str]) -> list[StoredTensor]:
+        sizes = zip(names, self.out_sizes, strict=True)
+        return [weights.require(f"{name}.weight", (size, self.in_size)) for name, size in sizes]
 
     def _read(self, weights: WeightSource, names: Sequence[str], orders: Sequence[RowOrder | None]) -> Tensor:
         """The whole weight [out, in]."""
-        parts = [
-            weights.require(f"{name}.weight", (size, self.in_size)).read()
-            for name, size in zip(names, self.out_sizes, strict=True)
-        ]
+        parts = [part.read() for part in self._parts(weights, names)]
         dtype = stored_dtype({part_OI.dtype for part_OI in parts}, self.place)
         weight_OI = torch.empty(sum(self.out_sizes), self.in_size, dtype=dtype, device=self.place.device)
         for rows_OI, order in zip(weight_OI.split(self.out_sizes), orders, strict=True):

@@ -18,7 +18,7 @@ from fastdeploy.models.weights import WeightSource
 
 def packed_ffn_available(place: Placement) -> bool:
     """Whether `PackedFFN` can compute there."""
-    return kernels_for(place.device, place.dtype) is not None
+    return place.quantization is None and kernels_for(place.device, place.dtype) is not None
 
 
 class PackedFFN(nn.Module):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastdeploy.config.schema import Quantization
 from fastdeploy.distributed.collectives import Peers
 from fastdeploy.distributed.shared_weights import OwnMemory, WeightMemory
 
@@ -21,5 +22,5 @@ class Placement:
     device: torch.device
     peers: Peers = field(default_factory=Peers)
     weights: WeightMemory = field(default_factory=OwnMemory)
-    fp8: bool = False  # weights of linear layers and experts in blocks of 8-bit floats, with a scale each
+    quantization: Quantization | None = None  # of linear layers and experts, see kernels/weight_formats.py
     redundant_experts: int | None = None  # copies beside the experts of a layer, all of which may move; None: none may

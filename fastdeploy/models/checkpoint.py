@@ -7,7 +7,7 @@ nothing to close. Mappings are private: writing into such a tensor never reaches
 
 import mmap
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastdeploy.config.model_shape import has_tied_embeddings, read_config
 from fastdeploy.errors import CheckpointError
-from fastdeploy.models.dequantize import dequantise_blocks, read_block_size
+from fastdeploy.kernels.weight_formats import FP8_BLOCK
+from fastdeploy.models.dequantize import DEFAULT_BLOCK, dequantise_blocks, read_block_size
 from fastdeploy.models.layouts import Layout, Origin, detect_layout, find_origins
 from fastdeploy.models.weight_files import StoredTensor, read_headers
 
@@ -92,6 +93,22 @@ class TensorSource:
         if self._origin.transposed:
             return self._read_rectangle(first_column, n_columns, first_row, n_rows).t()
         return self._read_rectangle(first_row, n_rows, first_column, n_columns)
+
+    def as_fp8(self) -> "tuple[TensorSource, TensorSource] | None":
+        """Codes [O, I] and scales [O / 128, I / 128] as they are stored; None where they are not, or end in a block."""
+        origin = self._origin
+        edges = (*self.shape, origin.first_row)
+        if self._scales is None or self._block != DEFAULT_BLOCK or any(n % FP8_BLOCK for n in edges):
+            return None
+        n_out, n_in = self.shape
+        shape = (n_out // FP8_BLOCK, n_in // FP8_BLOCK)
+        of_scales = Origin(
+            self._scales.stored_name, shape, first_row=origin.first_row // FP8_BLOCK, transposed=origin.transposed
+        )
+        return (
+            replace(self, dtype=self._stored_dtype, _scales=None),
+            replace(self._scales, shape=shape, _origin=of_scales),
+        )
 
     def _read_rectangle(self, first_row: int, n_rows: int, first_column: int, n_columns: int) -> Tensor:
         """Counted as stored. Only whole rows are contiguous in the file, so all their columns are mapped."""

@@ -59,7 +59,7 @@ class ResidualBlock(nn.Module):
             normed_tH, x_tH = self.ffn_norm.add(attended_tH, x_tH)
             return ffn(normed_tH, step), x_tH
         rows8 = None
-        if experts.fp8:
+        if experts.takes_fp8_rows:
             normed_tH, x_tH, rows8 = self.ffn_norm.add_fp8(attended_tH, x_tH)
         else:
             normed_tH, x_tH = self.ffn_norm.add(attended_tH, x_tH)

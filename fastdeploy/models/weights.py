@@ -18,6 +18,10 @@ class StoredTensor(Protocol):
         """The tensor, or a slice of its first and second axis, on the CPU."""
         ...
 
+    def as_fp8(self) -> tuple[StoredTensor, StoredTensor] | None:
+        """Its float8_e4m3fn codes [O, I] and scales [O / 128, I / 128], where it consists of whole such blocks."""
+        ...
+
 
 class WeightSource(Protocol):
     """What `load` methods take."""
@@ -53,6 +57,9 @@ class _RandomTensor:
         else:
             whole = torch.randn(self.shape, generator=generator) * self.scale
         return whole[rows or slice(None)] if columns is None else whole[rows or slice(None), columns]
+
+    def as_fp8(self) -> None:
+        return None
 
 
 class RandomWeights:

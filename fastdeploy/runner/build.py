@@ -56,11 +56,10 @@ def build_runner(
     shape, parallel = config.model.shape, config.parallel
     where = topology.position(parallel, parallel.data_rank * parallel.tensor if number is None else number)
     peers = Peers(where)
-    fp8 = config.model.quantization == "block_wise_fp8"
     dtype, device = getattr(torch, config.model.dtype), torch.device(config.model.device)
     memory = _weight_memory(config, where, meeting)
     redundant = config.eplb.redundant if config.eplb else None
-    place = Placement(dtype, device, peers, memory, fp8, redundant_experts=redundant)
+    place = Placement(dtype, device, peers, memory, config.model.quantization, redundant)
     heads = AttentionShape(
         n_layers=shape.n_layers,
         n_heads=shape.n_heads // where.n_tensor,

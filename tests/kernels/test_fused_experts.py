@@ -9,6 +9,7 @@ import pytest
 import torch
 from triton_device import HAS_GPU, needs_triton, relative_error
 
+from fastdeploy.config.schema import Quantization
 from fastdeploy.layers.upload import Uploader
 
 pytestmark = pytest.mark.timeout(300)
@@ -37,9 +38,9 @@ def test_an_error_of_a_reading_thread_is_raised_at_the_end() -> None:
 
 @needs_triton
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("quantization", [None, "block_wise_fp8", "wint8", "wint4"])
 @pytest.mark.parametrize("n_tokens", [1, 9, 700])
-def test_same_as_experts_one_after_the_other(n_tokens: int, fp8: bool) -> None:
+def test_same_as_experts_one_after_the_other(n_tokens: int, quantization: Quantization | None) -> None:
     from fastdeploy.kernels.moe import fused_moe_ref
     from fastdeploy.layers.mlp import GatedMLP
     from fastdeploy.layers.moe.experts import Experts
@@ -48,11 +49,12 @@ def test_same_as_experts_one_after_the_other(n_tokens: int, fp8: bool) -> None:
     from fastdeploy.models.weights import RandomWeights
 
     n_local, first, hidden_size, width = 6, 3, 512, 256
-    if fp8 and torch.cuda.get_device_capability()[0] != 9:
+    if quantization == "block_wise_fp8" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     weights = RandomWeights(1, 0)
     fused = FusedExperts(
-        n_local, hidden_size, width, Placement(torch.bfloat16, DEVICE), shared_width=2 * width, fp8=fp8
+        n_local, hidden_size, width, Placement(torch.bfloat16, DEVICE, quantization=quantization),
+        shared_width=2 * width,
     )  # fmt: skip
     fused.load(weights, "experts", first, "shared")
     place = Placement(torch.float32, torch.device("cpu"))
@@ -64,7 +66,10 @@ def test_same_as_experts_one_after_the_other(n_tokens: int, fp8: bool) -> None:
     weight_tk = torch.rand(n_tokens, 3)
     expected_tH = experts(x_tH.float(), SimpleNamespace(expert_tk=ids_tk, weight_tk=weight_tk)) + shared(x_tH.float())
     found_tH = fused(x_tH.to(DEVICE), SimpleNamespace(expert_tk=ids_tk.to(DEVICE), weight_tk=weight_tk.to(DEVICE)))
-    assert relative_error(found_tH.cpu(), expected_tH) < (0.08 if fp8 else 0.02)
+    assert (
+        relative_error(found_tH.cpu(), expected_tH)
+        < {None: 0.02, "block_wise_fp8": 0.08, "wint8": 0.03, "wint4": 0.2}[quantization]
+    )
     assert fused.weights is not None and fused.n_bytes() > 0
     same_tH = fused_moe_ref(x_tH.to(DEVICE), fused.weights, ids_tk.to(DEVICE), weight_tk.to(DEVICE))
-    assert relative_error(found_tH, same_tH) < (0.06 if fp8 else 0.02)
+    assert relative_error(found_tH, same_tH) < (0.06 if quantization == "block_wise_fp8" else 0.02)

@@ -38,12 +38,14 @@ def way(name: str, fp8: bool = False) -> Any:
 
     bn, bk = (128, 128) if fp8 else (32, 32)
     few = FewTile(bm=16, bn=bn, bk=bk, stages=2, warps=4)
+    tall = FewTile(bm=64, bn=32, bk=32, stages=2, warps=4)
     many = ManyTile(bm=64, bn=32, bk=32, stages=2, warps=4)
     plan = {
         "few": MoEPlan(few=FewPlan(gate_up=few, down=few)),
         "direct": MoEPlan(few=FewPlan(gate_up=few, down=few, direct=True)),
         "many": MoEPlan(many=ManyPlan(gate_up=many, down=many)),
         "fp8": MoEPlan(many=ManyPlan()),
+        "tall": MoEPlan(few=FewPlan(gate_up=tall, down=tall)),
     }[name]
     return MoETiles({ANY_NUMBER: plan}, 4)
 
@@ -99,7 +101,7 @@ def test_layer(n_tokens: int, kind: str, n_shared: int, name: str, dtype: torch.
 )
 def test_fp8_layer(n_tokens: int, kind: str, name: str) -> None:
     from fastdeploy.kernels.moe import ExpertWeights, fused_moe, fused_moe_ref
-    from fastdeploy.kernels.quantize import quantize_blocks
+    from fastdeploy.kernels.weight_formats import quantize_blocks
 
     hidden_size, width, n_shared = 256, 128, 1
     n = N_LOCAL + n_shared
@@ -117,11 +119,51 @@ def test_fp8_layer(n_tokens: int, kind: str, name: str) -> None:
     assert relative_error(found_tH, expected_tH) < (0.06 if HAS_GPU else 0.25)
 
 
-def test_plans_survive_their_json_form_and_cover_all_sizes() -> None:
-    from fastdeploy.kernels.moe_tiles import DEFAULT_FP8_PLANS, DEFAULT_PLANS, MoETiles, dump_plans, parse_plans
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantization", ["wint8", "wint4"])
+@pytest.mark.parametrize("name", ["few", "direct", "tall"])
+@pytest.mark.parametrize(
+    ("n_tokens", "kind"), [(0, "random"), (1, "random"), (40, "one_expert")] + [(5, k) for k in ROUTINGS]
+)
+@pytest.mark.parametrize(("hidden_size", "width", "n_shared"), [(72, 40, 0), (131, 65, 2), (256, 128, 1)])
+def test_int_layer(
+    n_tokens: int,
+    kind: str,
+    name: str,
+    quantization: str,
+    dtype: torch.dtype,
+    hidden_size: int,
+    width: int,
+    n_shared: int,
+) -> None:
+    from fastdeploy.kernels.moe import ExpertWeights, fused_moe, fused_moe_ref
+    from fastdeploy.kernels.weight_formats import quantize
 
-    for plans in (DEFAULT_PLANS, DEFAULT_FP8_PLANS):
+    if n_tokens > 5 and name == "direct" and not HAS_GPU:
+        pytest.skip("too slow in the interpreter")
+    n = N_LOCAL + n_shared
+    gate_up, gate_up_scale = quantize(torch.randn(n, 2 * width, hidden_size, device=DEVICE) * 0.2, quantization)
+    down, down_scale = quantize(torch.randn(n, hidden_size, width, device=DEVICE) * 0.2, quantization)
+    weights = ExpertWeights(gate_up, down, n_shared, gate_up_scale, down_scale)
+    x_tH = torch.randn(n_tokens, hidden_size, device=DEVICE).to(dtype)
+    ids_tk, weight_tk = make_routing(kind, n_tokens)
+    found_tH = fused_moe(x_tH, weights, ids_tk, weight_tk, way(name))
+    assert relative_error(found_tH, fused_moe_ref(x_tH, weights, ids_tk, weight_tk)) < TOLERANCE[dtype]
+
+
+def test_plans_survive_their_json_form_and_cover_all_sizes() -> None:
+    from fastdeploy.kernels.moe_tiles import (
+        DEFAULT_FP8_PLANS,
+        DEFAULT_INT_PLANS,
+        DEFAULT_PLANS,
+        MoETiles,
+        dump_plans,
+        parse_plans,
+    )
+
+    for plans in (DEFAULT_PLANS, DEFAULT_FP8_PLANS, DEFAULT_INT_PLANS):
         assert dict(parse_plans(dump_plans(plans))) == dict(plans)
         tiles = MoETiles(plans, 1)
         assert tiles.plan(1).few is not None and tiles.plan(1).few.direct
-        assert tiles.plan(2).few is not None and tiles.plan(1 << 20).many is not None
+        assert tiles.plan(2).few is not None and not tiles.plan(2).few.direct
+        assert (tiles.plan(1 << 20).many is None) == (plans is DEFAULT_INT_PLANS)

@@ -1,4 +1,4 @@
-"""Weight formats and the FP8 linear layer against their references."""
+"""Rounding activations to FP8 and the FP8 linear layer against their references."""
 
 from __future__ import annotations
 
@@ -9,27 +9,6 @@ from triton_device import DEVICE, DTYPES, HAS_GPU, needs_triton, relative_error
 
 pytestmark = [pytest.mark.timeout(300), needs_triton, NUMPY_WARNINGS, pytest.mark.usefixtures("poisoned_memory")]
 __all__ = ["poisoned_memory"]
-
-
-@pytest.mark.parametrize("shape", [(128, 128), (3, 256, 384), (130, 200), (1, 1)])
-def test_fp8_blocks_come_back(shape: tuple[int, ...]) -> None:
-    from fastdeploy.kernels.quantize import dequantize_blocks, quantize_blocks
-
-    weight = torch.randn(shape, device=DEVICE) * torch.logspace(-3, 3, shape[-1], device=DEVICE)
-    codes, scales = quantize_blocks(weight)
-    assert scales.shape[-2:] == (-(-shape[-2] // 128), -(-shape[-1] // 128))
-    assert relative_error(dequantize_blocks(codes, scales), weight) < 0.04
-    assert quantize_blocks(torch.zeros(2, 2, device=DEVICE))[0].float().eq(0).all()
-
-
-def test_int8_and_int4_come_back() -> None:
-    from fastdeploy.kernels.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
-
-    weight = torch.randn(5, 512, device=DEVICE) * torch.logspace(-3, 3, 5, device=DEVICE)[:, None]
-    assert relative_error(dequantize_int8(*quantize_int8(weight)), weight) < 0.01
-    packed, scales = quantize_int4(weight)
-    assert packed.shape == (5, 256) and scales.shape == (5, 4)
-    assert relative_error(dequantize_int4(packed, scales), weight) < 0.15
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,7 +39,7 @@ def test_rows_behind_the_last_offset_are_left_alone() -> None:
 @pytest.mark.parametrize("n_rows", [0, 1, 17, 33, 50])
 def test_fp8_linear(n_rows: int, width: int) -> None:
     from fastdeploy.kernels.fp8_linear import fp8_linear, fp8_linear_ref
-    from fastdeploy.kernels.quantize import quantize_blocks
+    from fastdeploy.kernels.weight_formats import quantize_blocks
 
     codes, scales = quantize_blocks(torch.randn(256, width, device=DEVICE))
     x_tI = torch.randn(n_rows, width, device=DEVICE, dtype=DTYPES[-1])

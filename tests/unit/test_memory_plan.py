@@ -25,7 +25,13 @@ def _weights_and_page(config: EngineConfig, number: int) -> tuple[int, int]:
     """Bytes of the weights that rank `number` loads, and of a page."""
     shape, where = config.model.shape, topology.position(config.parallel, number)
     redundant = config.eplb.redundant if config.eplb else None
-    place = Placement(torch.float32, torch.device("cpu"), Peers(where), redundant_experts=redundant)
+    place = Placement(
+        torch.float32,
+        torch.device("cpu"),
+        Peers(where),
+        quantization=config.model.quantization,
+        redundant_experts=redundant,
+    )
     heads = AttentionShape(
         n_layers=shape.n_layers,
         n_heads=shape.n_heads // where.n_tensor,
@@ -79,6 +85,28 @@ def test_copies_of_experts_count(tmp_path: Path, redundant: int) -> None:
         assert sum(plan.weights.values()) - plan.weights["routers"] == _weights_and_page(config, number)[0]
         assert plan.weights["experts"] == (3 + redundant // 3) * 3 * 64 * 32 * 4
         assert plan.buffers["moves of experts"] > 0
+
+
+@pytest.mark.parametrize("quantization", ["wint8", "wint4"])
+@pytest.mark.parametrize(("tensor", "data", "expert"), [(1, 1, False), (2, 1, False), (1, 2, True)])
+def test_quantised_weights_take_what_is_planned(
+    tmp_path: Path, quantization: str, tensor: int, data: int, expert: bool
+) -> None:
+    folder = build(tmp_path / "model", "ernie4_5_moe", dtype="bfloat16")
+    config = resolve(
+        EngineArgs(
+            model=str(folder),
+            device="cpu",
+            quantization=quantization,
+            tensor_parallel_size=tensor,
+            data_parallel_size=data,
+            enable_expert_parallel=expert,
+            max_model_len=128,
+        )
+    )
+    for number in range(config.parallel.n_ranks):
+        parts = plan_rank(config, number, "bfloat16", GIB).weights
+        assert sum(parts.values()) - parts["routers"] == _weights_and_page(config, number)[0]
 
 
 def test_biases_count(tmp_path: Path) -> None:

@@ -233,7 +233,9 @@ def test_environment(model: str) -> None:
         ({"data_parallel_size": 0}, ["--data-parallel-size 0: must be at least 1"]),
         ({"tensor_parallel_size": 0}, ["--tensor-parallel-size 0: must be at least 1"]),
         ({"data_parallel_size": 2, "local_data_parallel_id": 2}, ["--local-data-parallel-id 2: ", "0..1"]),
-        ({"quantization": "wint4"}, ["--quantization wint4: not supported yet: "]),
+        ({"quantization": "wint3"}, ["--quantization wint3: ", "block_wise_fp8, wint8, wint4"]),
+        ({"quantization": {"kind": "wint8"}}, ["--quantization: must be one of "]),
+        ({"quantization": "block_wise_fp8"}, ["--quantization block_wise_fp8: needs a Hopper GPU", "wint8 and wint4"]),
         ({"innode_prefill_ports": "1"}, ["--innode-prefill-ports", "decode"]),
         ({"cache_transfer_protocol": "tcp"}, ["--cache-transfer-protocol", "ipc or rdma"]),
         (

@@ -58,7 +58,7 @@ def fuse_experts(n_local: int, hidden_size: int, width: int, place: Placement, s
     # Triton is there on GPUs only.
     from fastdeploy.layers.moe.fused_experts import FusedExperts
 
-    return FusedExperts(n_local, hidden_size, width, place, shared_width=shared_width, fp8=place.fp8)
+    return FusedExperts(n_local, hidden_size, width, place, shared_width=shared_width)
 
 
 class Experts(nn.Module):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
-import torch
 from torch import Tensor, nn
 
 from fastdeploy.errors import ConfigError
@@ -13,10 +9,11 @@ from fastdeploy.kernels.moe import ExpertWeights, fused_moe, moe_slots
 from fastdeploy.kernels.moe_many_fp8 import fits_hopper
 from fastdeploy.kernels.moe_rows import SlotOutputs
 from fastdeploy.kernels.moe_tiles import load_tiles
-from fastdeploy.kernels.quantize import FP8_BLOCK, RowsFp8, quantize_blocks
+from fastdeploy.kernels.quantize import RowsFp8
+from fastdeploy.kernels.weight_formats import CODE_DTYPES
+from fastdeploy.layers.moe.expert_stacks import Expert, Part, load_stacks
 from fastdeploy.layers.moe.gate import Routing
 from fastdeploy.layers.placement import Placement
-from fastdeploy.layers.upload import Uploader
 from fastdeploy.models.weights import WeightSource
 
 _ROW_ALIGNMENT_BYTES = 16  # of the copy engine
@@ -26,8 +23,8 @@ class FusedExperts(nn.Module):
     """`n_local` gated FFNs of width M, applied to the rows routed to them; see LocalExperts.
 
     With `shared_width`, a multiple of M, the FFN that every row passes is computed along: it is cut into experts of
-    width M whose outputs add up to its own, so that a decode step reads its weights in the same launches. `fp8`:
-    weights are rounded to block-wise FP8 when they are loaded, and activations when they are used.
+    width M whose outputs add up to its own, so that a decode step reads its weights in the same launches. Weights are
+    held in the format that `place` names; with block-wise FP8, activations are rounded when they are used.
     """
 
     def __init__(
@@ -38,18 +35,16 @@ class FusedExperts(nn.Module):
         place: Placement,
         *,
         shared_width: int = 0,
-        fp8: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(hidden_size, width, shared_width, place, fp8)
+        _check_sizes(hidden_size, width, shared_width, place)
         self.n_local = n_local
         self.n_shared = shared_width // width
         self.width = width
         self.hidden_size = hidden_size
         self.place = place
-        self.fp8 = fp8
         self.weights: ExpertWeights | None = None
-        dtype = torch.float8_e4m3fn if fp8 else place.dtype
+        dtype = place.dtype if place.quantization is None else CODE_DTYPES[place.quantization]
         self.tiles = load_tiles(place.device, n_local, hidden_size, width, dtype)
 
     def forward(self, x_rH: Tensor, routing: Routing) -> Tensor:
@@ -76,65 +71,42 @@ class FusedExperts(nn.Module):
 
         Raises CheckpointError when a tensor is missing or has another shape.
         """
-        n_experts, device = self.n_local + self.n_shared, self.place.device
-        dtype, hidden_size = self.place.dtype, self.hidden_size
-        gate_up_eXH = torch.empty(n_experts, 2 * self.width, hidden_size, dtype=dtype, device=device)
-        down_eHM = torch.empty(n_experts, hidden_size, self.width, dtype=dtype, device=device)
-        with Uploader(device) as uploader:
-            for i in range(self.n_local):
-                read = self._readers(weights, f"{name}.{first_expert + i}", self.width, 0)
-                self._put(uploader, gate_up_eXH[i], down_eHM[i], read)
-            for i in range(self.n_shared):
-                read = self._readers(shared_weights or weights, shared_name, self.n_shared * self.width, i * self.width)
-                self._put(uploader, gate_up_eXH[self.n_local + i], down_eHM[self.n_local + i], read)
-        if self.fp8:
-            self.weights = _quantize(gate_up_eXH, down_eHM, self.n_shared)
-        else:
-            self.weights = ExpertWeights(gate_up_eXH, down_eHM, self.n_shared)
+        experts = [self._parts(weights, f"{name}.{first_expert + i}", self.width, 0) for i in range(self.n_local)]
+        experts += [
+            self._parts(shared_weights or weights, shared_name, self.n_shared * self.width, i * self.width)
+            for i in range(self.n_shared)
+        ]
+        (gate_up, gate_up_scale), (down, down_scale) = load_stacks(experts, self.hidden_size, self.width, self.place)
+        self.weights = ExpertWeights(gate_up, down, self.n_shared, gate_up_scale, down_scale)
+
+    @property
+    def takes_fp8_rows(self) -> bool:
+        """Whether rows are multiplied in FP8, so that `slots` has use for them in that form."""
+        return self.place.quantization == "block_wise_fp8"
 
     def n_bytes(self) -> int:
         """Bytes of the weights."""
-        n_weights = 3 * (self.n_local + self.n_shared) * self.width * self.hidden_size
-        return n_weights + n_weights // FP8_BLOCK**2 * 4 if self.fp8 else n_weights * self.place.dtype.itemsize
+        return 0 if self.weights is None else self.weights.n_bytes()
 
-    def _readers(self, weights: WeightSource, name: str, width: int, first: int) -> list[Callable[[], Tensor]]:
-        """Of gate, up and down: `self.width` rows (columns of down) from `first` on of an FFN of `width`."""
-        part = slice(first, first + self.width)
+    def _parts(self, weights: WeightSource, name: str, width: int, first: int) -> Expert:
+        """Gate, up and down: `self.width` rows (columns of down) from `first` on of an FFN of `width`."""
+        cut = slice(first, first + self.width)
         gate, up = (weights.require(f"{name}.{x}_proj.weight", (width, self.hidden_size)) for x in ("gate", "up"))
         down = weights.require(f"{name}.down_proj.weight", (self.hidden_size, width))
-        return [partial(gate.read, part), partial(up.read, part), partial(down.read, None, part)]
-
-    def _put(self, uploader: Uploader, gate_up_XH: Tensor, down_HM: Tensor, read: list[Callable[[], Tensor]]) -> None:
-        uploader.put(gate_up_XH[: self.width], read[0])
-        uploader.put(gate_up_XH[self.width :], read[1])
-        uploader.put(down_HM, read[2])
+        return Part(gate, cut), Part(up, cut), Part(down, None, cut)
 
 
-def _check_sizes(hidden_size: int, width: int, shared_width: int, place: Placement, fp8: bool) -> None:
-    itemsize = 1 if fp8 else place.dtype.itemsize
-    if hidden_size * itemsize % _ROW_ALIGNMENT_BYTES or width * itemsize % _ROW_ALIGNMENT_BYTES:
+def _check_sizes(hidden_size: int, width: int, shared_width: int, place: Placement) -> None:
+    name, itemsize = place.quantization, place.dtype.itemsize
+    if name is None and (hidden_size * itemsize % _ROW_ALIGNMENT_BYTES or width * itemsize % _ROW_ALIGNMENT_BYTES):
         raise ConfigError(
             f"experts of width {width} and hidden size {hidden_size} in {place.dtype}: rows must be multiples of "
             f"{_ROW_ALIGNMENT_BYTES} bytes on this device"
         )
-    if fp8 and not fits_hopper(place.device, hidden_size, width):
+    if name == "block_wise_fp8" and not fits_hopper(place.device, hidden_size, width):
         raise ConfigError(
-            f"block-wise FP8 experts of width {width} and hidden size {hidden_size}: these need a Hopper GPU, a width "
-            f"in 128s and a hidden size in 256s; serve this model without quantization"
+            f"--quantization {name}: experts of width {width} (on each rank) and hidden size {hidden_size}: these need "
+            f"a Hopper GPU, a width in 128s and a hidden size in 256s; wint8 and wint4 take any"
         )
     if shared_width % width:
         raise ValueError(f"a shared FFN of width {shared_width} is no multiple of the experts' width {width}")
-
-
-def _quantize(gate_up_eXH: Tensor, down_eHM: Tensor, n_shared: int) -> ExpertWeights:
-    """Expert by expert, so that the float32 copies in between stay small."""
-    stacks = []
-    for stack in (gate_up_eXH, down_eHM):
-        codes = torch.empty(stack.shape, dtype=torch.float8_e4m3fn, device=stack.device)
-        scales = []
-        for i, weight in enumerate(stack):
-            codes[i], scale = quantize_blocks(weight)
-            scales.append(scale)
-        stacks.append((codes, torch.stack(scales)))
-    (gate_up, gate_up_scale), (down, down_scale) = stacks
-    return ExpertWeights(gate_up, down, n_shared, gate_up_scale, down_scale)

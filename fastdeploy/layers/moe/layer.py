@@ -78,7 +78,7 @@ class SparseMoE(nn.Module):
 
     @property
     def whole(self) -> FusedExperts | None:
-        """The experts, where all that a row passes is in them, on this GPU alone: `slot_outputs` can do the work then."""
+        """The experts, where all that a row passes is in them, on this GPU alone: for `slot_outputs`."""
         alone = not self.peers.where.spreads_experts and self.peers.where.n_tensor == 1
         if not alone or self.shared is not None or self.load_e is not None or not self.gate.weight_eH.is_cuda:
             return None
