@@ -82,7 +82,7 @@ def _weights(config: EngineConfig, where: Position, stored: DTypeName) -> dict[s
     model, shape = config.model, config.model.shape
     on_cpu, item = model.device == "cpu", ITEM_BYTES[model.dtype]
     # Our CPU kernels widen 16-bit weights as they multiply, so these stay as they are stored.
-    held = min(item, ITEM_BYTES[stored]) if on_cpu and not model.random_weights else item
+    held = min(item, ITEM_BYTES[stored]) if on_cpu else item
     n_rows = topology.run_of(shape.vocab_size, where.n_tensor, where.tensor_rank)[1]
     table = n_rows * shape.hidden_size * held
     # A layer in FP8 is kept in both forms: few rows take the one that is stored.

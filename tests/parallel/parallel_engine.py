@@ -88,8 +88,15 @@ class ParallelEngine:
     """A model over the first `parallel.n_ranks` rank processes."""
 
     def __init__(
-        self, ranks: RankProcesses, folder: Path, parallel: ParallelConfig, exchange: str | None = None
+        self,
+        ranks: RankProcesses,
+        folder: Path,
+        parallel: ParallelConfig,
+        exchange: str | None = None,
+        *,
+        random_seed: int | None = None,
     ) -> None:
+        """`random_seed`: of weights made up for the config.json in `folder`; None takes those in the folder."""
         self.ranks = ranks
         self.parallel = parallel
         base = engine_config(
@@ -99,6 +106,8 @@ class ParallelEngine:
             n_pages=MAX_SEQS * N_PAGES_PER_SLOT,
             max_seqs=MAX_SEQS,
         )
+        if random_seed is not None:
+            base = replace(base, model=replace(base.model, random_weights=True, seed=random_seed))
         meetings = rank_calls.meet(ranks, parallel)
         arguments = []
         for number, meeting in enumerate(meetings):
