@@ -53,7 +53,9 @@ def config_of(flags: argparse.Namespace) -> dict[str, object]:
     if sizes["vocab_size"] < n_least:
         raise SystemExit(f"--vocab {sizes['vocab_size']}: must be at least {n_least}, a token for each byte")
     if sizes["moe_layer_start_index"] >= sizes["num_hidden_layers"]:
-        raise SystemExit(f"--dense-layers {sizes['moe_layer_start_index']}: must be below --layers, or none has experts")
+        raise SystemExit(
+            f"--dense-layers {sizes['moe_layer_start_index']}: must be below --layers, or none has experts"
+        )
     return {
         "architectures": ["Ernie4_5_MoeForCausalLM"],
         "model_type": "ernie4_5_moe",
@@ -75,7 +77,7 @@ def config_of(flags: argparse.Namespace) -> dict[str, object]:
 
 
 def byte_letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level vocabulary: printable ones themselves, others from 256 on."""
+    """The letter of each byte in a byte-level vocabulary: printable ones are themselves, others come from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = itertools.count(256)
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
