@@ -3,8 +3,8 @@
     python benchmarks/memory_plan.py
 
 Eight CPU ranks of one model of reduced depth and width, started by multi_api_server with the flags that a group of
-eight GPUs would get. Each rank then computes a prompt of almost --max-model-len tokens and short ones, in steps as large
-as they may be, which fill every page of its cache.
+eight GPUs would get. Each rank then computes a prompt of almost --max-model-len tokens and short ones, in the largest
+steps there may be, which fill every page of its cache.
 
 Compared are the memory that ranks share (weights, buffers of the exchange) and the private memory of each rank, once it
 is ready and the most it ever had. A page that nobody has written to takes no memory, so pages count in the latter only.
@@ -67,7 +67,7 @@ class Peak:
 
     def __init__(self, pids: Sequence[int]) -> None:
         self._pids = pids
-        self.most_bytes = {pid: 0 for pid in pids}
+        self.most_bytes = dict.fromkeys(pids, 0)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look)
 

@@ -10,7 +10,7 @@ _ID_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class ExchangeSize:
-    """Rows of `row_bytes` with `k` experts each, between `size` ranks; a row's items and its weights have `item_bytes`."""
+    """Rows of `row_bytes` with `k` experts each, between `size` ranks; an item of them takes `item_bytes`."""
 
     size: int
     row_bytes: int
