@@ -3,7 +3,8 @@
 Each is captured in a graph and replayed; a figure is the median over repetitions of the slowest rank, in microseconds.
 The floor is what crosses the link each way over the rate of a plain copy between two GPUs, measured here too.
 
-    python benchmarks/all_to_all.py --hidden 2560 --output all_to_all.json
+    python benchmarks/all_to_all.py --output all_to_all.json                              # rows of ERNIE-4.5-21B-A3B
+    python benchmarks/all_to_all.py --gpus 4 --hidden 8192 --experts-per-token 8 --output all_to_all.json  # 300B-A47B
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from rank_processes import RankProcesses, State  # noqa: E402
 from fastdeploy.config.schema import ParallelConfig  # noqa: E402
 
 ROWS = (1, 8, 64, 128, 256, 4096)
-N_EXPERTS, K = 64, 6
 N_LAYERS, N_REPLAYS = 20, 15  # exchanges in a graph, replays timed
 
 
@@ -39,27 +39,36 @@ def join(state: State, parallel: ParallelConfig, number: int, meeting: rank_call
     state["group"] = groups.join(parallel, number, device, *meeting, state.get("store"), patience_s=60)
 
 
-def make(state: State, name: str, hidden: int) -> None:
-    """The exchange called `name`."""
+def make(state: State, name: str, hidden: int, n_experts: int, k: int) -> None:
+    """The exchange called `name`, for rows with `k` of `n_experts` experts each."""
     from fastdeploy.distributed.all_to_all.base import ExpertRows, make_all_to_all
 
-    rows = ExpertRows(N_EXPERTS, K, hidden, torch.bfloat16, True)
+    rows = ExpertRows(n_experts, k, hidden, torch.bfloat16, True)
     state[name] = make_all_to_all(name, state["group"], rows)
 
 
-def measure(state: State, name: str, hidden: int, n_rows: int) -> list[float]:
+def measure(state: State, name: str, hidden: int, n_experts: int, k: int, n_rows: int) -> list[float]:
     """Microseconds of one dispatch and combine, for each replay."""
+    from fastdeploy.distributed.topology import cut_into_pieces
     from fastdeploy.layers.moe.gate import Routing
 
+    number = state["group"].where.group_rank
     all_to_all, size = state[name], state["group"].where.group_size
     x_tH = torch.randn(n_rows, hidden, device="cuda", dtype=torch.bfloat16)
-    expert_tk = torch.rand(n_rows, N_EXPERTS, device="cuda").topk(K).indices
-    routing, n_rows_g = Routing(expert_tk, torch.rand(n_rows, K, device="cuda")), (n_rows,) * size
+    expert_tk = torch.rand(n_rows, n_experts, device="cuda").topk(k).indices
+    routing, n_rows_g = Routing(expert_tk, torch.rand(n_rows, k, device="cuda")), (n_rows,) * size
 
-    def exchange() -> torch.Tensor:
-        sent = all_to_all.dispatch(x_tH, routing, n_rows_g)
-        y_tH: torch.Tensor = all_to_all.combine(sent.x_rH, sent)
-        return y_tH
+    pieces = cut_into_pieces(n_rows_g, all_to_all.max_rows)  # as a layer does when not all rows fit at once
+
+    def exchange() -> list[torch.Tensor]:
+        given = []
+        for piece in pieces:
+            first = piece.first_g[number]
+            rows = slice(first, first + piece.n_rows_g[number])
+            part = Routing(routing.expert_tk[rows], routing.weight_tk[rows])
+            sent = all_to_all.dispatch(x_tH[rows], part, piece.n_rows_g)
+            given.append(all_to_all.combine(sent.x_rH, sent))
+        return given
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -103,23 +112,26 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=2560)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--experts-per-token", type=int, default=6)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     rate, ranks = copy_rate(), RankProcesses()
     parallel = ParallelConfig(data=args.gpus, expert=True)
     results = []
+    rows = (args.hidden, args.experts, args.experts_per_token)
     try:
         meetings = rank_calls.meet(ranks, parallel)
         ranks.call(join, [(parallel, number, meeting) for number, meeting in enumerate(meetings)])
         for name in ("symm_mem", "nccl"):
-            ranks.call(make, [(name, args.hidden)] * args.gpus)
+            ranks.call(make, [(name, *rows)] * args.gpus)
         print(f"copy between two GPUs {rate / 1e9:.0f} GB/s\nrows  floor  " + "  ".join(("symm_mem", "nccl")))
         for n_rows in ROWS:
             floor_us = 2 * n_rows * args.hidden * 2 * (args.gpus - 1) / rate * 1e6
             line = {"rows_per_rank": n_rows, "floor_us": round(floor_us, 2)}
             for name in ("symm_mem", "nccl"):
-                times_g = ranks.call(measure, [(name, args.hidden, n_rows)] * args.gpus)
+                times_g = ranks.call(measure, [(name, *rows, n_rows)] * args.gpus)
                 line[f"{name}_us"] = round(max(statistics.median(times) for times in times_g), 2)
             results.append(line)
             print(*line.values(), flush=True)
@@ -132,6 +144,8 @@ def main() -> None:
         "hardware": {**hardware(), "gpus": gpus},
         "torch": torch.__version__,
         "hidden": args.hidden,
+        "experts": args.experts,
+        "experts_per_token": args.experts_per_token,
         "copy_gb_per_s": round(rate / 1e9, 1),
         "results": results,
     }

@@ -38,9 +38,9 @@ class Program:
         """What was printed so far."""
         return self._log.read_text()
 
-    def wait_for(self, pattern: str) -> str:
+    def wait_for(self, pattern: str, seconds: float = START_S) -> str:
         """The first group of `pattern` once it is printed. Raises RuntimeError when it does not come."""
-        deadline_s = time.monotonic() + START_S
+        deadline_s = time.monotonic() + seconds
         while (found := re.search(pattern, self.console)) is None:
             if self.process.poll() is not None or time.monotonic() > deadline_s:
                 raise RuntimeError(f"no {pattern!r} on the console of {self.folder.name}:\n{self.console[-2000:]}")

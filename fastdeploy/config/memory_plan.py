@@ -1,7 +1,7 @@
 """What a rank will hold in memory, worked out from the configuration alone: no weights are read, torch is not imported.
 
-It repeats in numbers what `layers/` and `runner/` allocate, and tests compare the two. Left out are the memory of
-Python, torch and the CUDA context, which no configuration changes.
+It repeats in numbers what `layers/` and `runner/` allocate, and tests and `benchmarks/memory_plan.py` compare the two.
+What no configuration changes, the memory of Python, torch and the CUDA context, is for the caller to say.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from fastdeploy.config import memory_cpu
 from fastdeploy.config.quantization import matrix_bytes
 from fastdeploy.config.schema import DTypeName, EngineConfig, MoEShape
 from fastdeploy.distributed import topology
@@ -33,6 +34,7 @@ class RankMemory:
     page_bytes: int
     buffers: Mapping[str, int]
     device_bytes: int
+    process_bytes: int = 0  # of the process before it has a model, where that is the device's memory
 
     @property
     def weight_bytes(self) -> int:
@@ -52,11 +54,15 @@ class RankMemory:
     @property
     def total_bytes(self) -> int:
         """All of these together."""
-        return self.weight_bytes + self.kv_bytes + self.buffer_bytes
+        return self.process_bytes + self.weight_bytes + self.kv_bytes + self.buffer_bytes
 
 
-def plan_rank(config: EngineConfig, number: int, stored: DTypeName, device_bytes: int) -> RankMemory:
+def plan_rank(
+    config: EngineConfig, number: int, stored: DTypeName, device_bytes: int, process_bytes: int = 0
+) -> RankMemory:
     """Memory of rank `number`, whose device (on a CPU: whose share of the host) has `device_bytes`.
+
+    `process_bytes`: what its process takes of them without a model.
 
     `stored` is the dtype of the checkpoint, in which a CPU keeps 16-bit weights. Pages are those of
     `--num-gpu-blocks-override`, else what `--gpu-memory-utilization` leaves; 0 when nothing is left.
@@ -72,10 +78,11 @@ def plan_rank(config: EngineConfig, number: int, stored: DTypeName, device_bytes
         number=number,
         weights=weights,
         borrowed=borrowed,
-        n_pages=_n_pages(config, page_bytes, sum(weights.values()), device_bytes),
+        n_pages=_n_pages(config, page_bytes, sum(weights.values()) + process_bytes, device_bytes),
         page_bytes=page_bytes,
         buffers=buffers,
         device_bytes=device_bytes,
+        process_bytes=process_bytes,
     )
 
 
@@ -83,7 +90,7 @@ def _weights(config: EngineConfig, where: Position, stored: DTypeName) -> dict[s
     model, shape = config.model, config.model.shape
     on_cpu, item = model.device == "cpu", ITEM_BYTES[model.dtype]
     # Our CPU kernels widen 16-bit weights as they multiply, so these stay as they are stored.
-    held = min(item, ITEM_BYTES[stored]) if on_cpu and not model.random_weights else item
+    held = min(item, ITEM_BYTES[stored]) if on_cpu else item
     n_rows = topology.run_of(shape.vocab_size, where.n_tensor, where.tensor_rank)[1]
     table = n_rows * shape.hidden_size * held
     sparse = shape.moe.layers if shape.moe is not None else ()
@@ -145,11 +152,12 @@ def _sparse_weights(config: EngineConfig, where: Position, moe: MoEShape, held: 
     cut = config.model.device == "cuda" and not where.spreads_experts and shared_width % width == 0
     shared = shared_width // width * expert if cut else _ffn_bytes(config, shared_width, held)
     gate_bytes = _FLOAT_BYTES if moe.gate_in_float32 else ITEM_BYTES[config.model.dtype]
+    n_copies = 2 if config.model.device == "cpu" else 1  # a CPU multiplies with a copy in panels
     n_layers = len(moe.layers)
     return {
         "experts": n_layers * n_local * expert,
         "shared experts": n_layers * shared,
-        "routers": n_layers * moe.n_experts * hidden * gate_bytes,
+        "routers": n_layers * moe.n_experts * hidden * gate_bytes * n_copies,
     }
 
 
@@ -160,12 +168,12 @@ def _page_bytes(config: EngineConfig, where: Position) -> int:
     return shape.n_layers * config.cache.page_tokens * per_token
 
 
-def _n_pages(config: EngineConfig, page_bytes: int, weight_bytes: int, device_bytes: int) -> int:
+def _n_pages(config: EngineConfig, page_bytes: int, taken_bytes: int, device_bytes: int) -> int:
     """As `runner/kv_memory.py` chooses, from what is free once the weights are there."""
     cache, model = config.cache, config.model
     if cache.n_pages is not None:
         return cache.n_pages
-    taken = weight_bytes + (CUDA_CONTEXT_BYTES if model.device == "cuda" else 0)
+    taken = taken_bytes + (CUDA_CONTEXT_BYTES if model.device == "cuda" else 0)
     n_pages = max(int(device_bytes * cache.memory_fraction) - taken, 0) // page_bytes
     if model.device == "cpu":
         n_full_length = -(-model.max_model_len // cache.page_tokens) * config.scheduler.max_seqs
@@ -187,9 +195,16 @@ def _buffers(config: EngineConfig, where: Position) -> dict[str, int]:
         if where.spreads_experts:
             routing = moe.n_experts_per_token * (_ID_BYTES + _FLOAT_BYTES)
             exchange = n_rows * (2 * hidden * item + routing)
+    activations = n_tokens * 3 * hidden * item + n_rows * widest * item
+    logits = limits.max_seqs * n_vocab * (item + _FLOAT_BYTES)
+    if model.device == "cpu":
+        activations = memory_cpu.activation_bytes(config, where, item)
+        exchange = memory_cpu.exchange_bytes(config, where, item)
+        # The activations are gone by then, and their memory has gone back to the system.
+        logits = max(memory_cpu.logits_bytes(config, item) - activations, 0)
     return {
-        "activations": n_tokens * 3 * hidden * item + n_rows * widest * item,
-        "logits": limits.max_seqs * n_vocab * (item + _FLOAT_BYTES),
+        "activations": activations,
+        "logits": logits,
         "exchange": exchange,
         "moves of experts": 0 if config.eplb is None else STAGING_BYTES,
         "positions": model.max_model_len * shape.head_dim // 2 * _COMPLEX_BYTES,

@@ -16,6 +16,7 @@ from fastdeploy.config.resolve import resolve
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.distributed import topology
 from fastdeploy.errors import ConfigError
+from fastdeploy.executor.process_memory import bare_rank_bytes
 
 HERE = "here"
 _GIB = 1 << 30
@@ -24,7 +25,10 @@ GPUS: Mapping[str, int] = MappingProxyType({"h100": 81559 << 20, "h200": 143771 
 
 
 def plan_report(args: EngineArgs, kind: str) -> str:
-    """The plan for these flags on GPUs of `kind`, or on this machine. Raises ConfigError when something contradicts."""
+    """The plan for these flags on GPUs of `kind`, or on this machine. Raises ConfigError when something contradicts.
+
+    On a CPU the process of a rank is started once, without a model, to see what it takes.
+    """
     devices = cuda_devices() if kind == HERE else _imagined(kind, args)
     if kind != HERE:
         args = replace(args, device="cuda")
@@ -33,7 +37,9 @@ def plan_report(args: EngineArgs, kind: str) -> str:
         raise ConfigError("--plan: a synthetic server has no weights and no pages in memory; there is nothing to plan")
     stored = checkpoint_dtype(Path(config.model.path))
     device_bytes = _device_bytes(config, devices)
-    ranks = [plan_rank(config, number, stored, device_bytes) for number in range(config.parallel.n_ranks)]
+    process_bytes = bare_rank_bytes() if config.model.device == "cpu" else 0
+    numbers = range(config.parallel.n_ranks)
+    ranks = [plan_rank(config, number, stored, device_bytes, process_bytes) for number in numbers]
     return "\n".join([_head(config, kind, device_bytes), *_tables(ranks), _verdict(config, ranks)])
 
 
@@ -77,7 +83,8 @@ def _tables(ranks: list[RankMemory]) -> list[str]:
 
 def _rows(rank: RankMemory) -> list[str]:
     pages = f"{rank.n_pages:,} KV pages of {rank.page_bytes:,} bytes"
-    entries = [(f"weights: {name}", n_bytes) for name, n_bytes in rank.weights.items() if n_bytes]
+    entries = [("process: Python and torch, measured", rank.process_bytes)] if rank.process_bytes else []
+    entries += [(f"weights: {name}", n_bytes) for name, n_bytes in rank.weights.items() if n_bytes]
     own = "weights of its own (the others are those of the first rank here)" if rank.borrowed else "weights"
     entries += [(own, rank.weight_bytes), (pages, rank.kv_bytes)]
     entries += [(f"buffers: {name}", n_bytes) for name, n_bytes in rank.buffers.items() if n_bytes]

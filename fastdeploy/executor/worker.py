@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from fastdeploy.errors import ConfigError, EngineStartError, FastDeployError
+from fastdeploy.executor.process_memory import return_freed_memory
 from fastdeploy.observability.logs import setup_logging
 from fastdeploy.wire.child import receive_boot
 from fastdeploy.wire.messages import (
@@ -136,6 +137,7 @@ def _serve(boot: RankBoot, link: CoreLink, heart: _Heart) -> None:
         meeting = _Meeting(config, boot.number, link, report, store)
     exchange = os.environ.get("FD_ALL_TO_ALL") or None
     runner, stages_s = build_runner(config, report, number=boot.number, meeting=meeting, exchange=exchange)
+    return_freed_memory()
     warm_s = time.monotonic()
     runner.warm_up()
     stages_s = {"torch": round(started - _process_start_s(), 2), **stages_s}

@@ -56,7 +56,12 @@ class Uploader:
             return
         lane = self._lanes.get()
         try:
-            lane.fill(target, read())
+            source = read()
+            if source.is_cuda:  # made there
+                target.copy_(source)
+                torch.cuda.current_stream(source.device).synchronize()
+            else:
+                lane.fill(target, source)
         finally:
             self._lanes.put(lane)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fastdeploy.config.model_shape import checkpoint_dtype
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.distributed import topology
 from fastdeploy.distributed.all_to_all.base import ExpertRows, exchange_name, make_all_to_all
@@ -23,8 +24,9 @@ from fastdeploy.layers.moe.layer import spreads_shared
 from fastdeploy.layers.placement import Placement
 from fastdeploy.models.checkpoint import Checkpoint
 from fastdeploy.models.decoder import Decoder
+from fastdeploy.models.random_weights import RandomWeights
 from fastdeploy.models.registry import build_model
-from fastdeploy.models.weights import Noted, RandomWeights
+from fastdeploy.models.weights import Noted
 from fastdeploy.runner.expert_balance import ExpertBalancer
 from fastdeploy.runner.kv_memory import choose_n_pages, free_bytes, total_bytes
 from fastdeploy.runner.model_runner import ModelRunner
@@ -132,7 +134,9 @@ def _connect(peers: Peers, group: Group, model: Decoder, place: Placement, excha
 
 def _load(model: Decoder, config: EngineConfig, where: Position, on_layer: Callable[[int], None]) -> None:
     if config.model.random_weights:
-        model.load(RandomWeights(config.model.shape.n_layers, config.model.seed), on_layer)
+        dtype: torch.dtype = getattr(torch, checkpoint_dtype(Path(config.model.path)))
+        device = torch.device(config.model.device)
+        model.load(RandomWeights(config.model.shape.n_layers, config.model.seed, dtype, device), on_layer)
         return
     checkpoint = Checkpoint.open(Path(config.model.path))
     weights = Noted(checkpoint)

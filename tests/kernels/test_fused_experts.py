@@ -46,7 +46,7 @@ def test_same_as_experts_one_after_the_other(n_tokens: int, quantization: Quanti
     from fastdeploy.layers.moe.experts import Experts
     from fastdeploy.layers.moe.fused_experts import FusedExperts
     from fastdeploy.layers.placement import Placement
-    from fastdeploy.models.weights import RandomWeights
+    from fastdeploy.models.random_weights import RandomWeights
 
     n_local, first, hidden_size, width = 6, 3, 512, 256
     if quantization == "block_wise_fp8" and torch.cuda.get_device_capability()[0] != 9:

@@ -96,8 +96,12 @@ class ParallelEngine:
         *,
         eplb: EplbConfig | None = None,
         rearrange_every: int = 0,
+        random_seed: int | None = None,
     ) -> None:
-        """With `eplb` every so many steps begin with a rearrangement of experts; 0 is never."""
+        """With `eplb` every so many steps begin with a rearrangement of experts; 0 is never.
+
+        `random_seed`: of weights made up for the config.json in `folder`; None takes those in the folder.
+        """
         self.rearrange_every = rearrange_every
         self.ranks = ranks
         self.parallel = parallel
@@ -108,6 +112,8 @@ class ParallelEngine:
             n_pages=MAX_SEQS * N_PAGES_PER_SLOT,
             max_seqs=MAX_SEQS,
         )
+        if random_seed is not None:
+            base = replace(base, model=replace(base.model, random_weights=True, seed=random_seed))
         meetings = rank_calls.meet(ranks, parallel)
         arguments = []
         for number, meeting in enumerate(meetings):

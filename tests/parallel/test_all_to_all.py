@@ -151,7 +151,7 @@ def shrink(state: State, case: tuple[int, ...]) -> list[int]:
     from fastdeploy.distributed.collectives import Peers
     from fastdeploy.layers.moe.layer import SparseMoE
     from fastdeploy.layers.placement import Placement
-    from fastdeploy.models.weights import RandomWeights
+    from fastdeploy.models.random_weights import RandomWeights
     from fastdeploy.runner.step import StepContext
     from fastdeploy.wire.messages import StepAgreement
 

@@ -9,7 +9,7 @@ import pytest
 import rank_calls
 from parallel_engine import ParallelEngine, Request
 from rank_processes import RankProcesses
-from tiny_models import FAMILIES, Family
+from tiny_models import FAMILIES, Family, build, edit_config
 
 from fastdeploy.config.schema import ParallelConfig
 
@@ -119,6 +119,30 @@ def test_uneven_experts(
     folder = tiny_model("ernie4_5_moe", **options)
     engine = ParallelEngine(ranks, folder, ParallelConfig(data=4, expert=True), exchange)
     assert engine.generate(requests_of(4)) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_random_weights_are_one_model(ranks: RankProcesses, tmp_path: Path, dtype: str) -> None:
+    """Made by each rank for itself, without a checkpoint; `dtype` is that of the checkpoint that there would be."""
+    folder = build(tmp_path / "model", "ernie4_5_moe", vocab_size=131, tie_word_embeddings=False)
+    edit_config(folder, torch_dtype=dtype)
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    requests = [request for of_rank in requests_of(4) for request in of_rank][:4]
+    wanted = [(request.prompt_ids, request.n_wanted) for request in requests]
+
+    def tokens(parallel: ParallelConfig, seed: int = 5) -> list[list[int]]:
+        engine = ParallelEngine(ranks, folder, parallel, random_seed=seed)
+        per_rank = len(wanted) // parallel.data
+        parts = [wanted[d * per_rank : (d + 1) * per_rank] for d in range(parallel.data)]
+        outputs_d = engine.generate([[Request(*request) for request in part] for part in parts])
+        return [output for outputs in outputs_d for output in outputs]
+
+    alone = tokens(ParallelConfig())
+    assert tokens(ParallelConfig(tensor=2)) == alone
+    assert tokens(ParallelConfig(data=2, expert=True)) == alone
+    assert tokens(ParallelConfig(data=2, tensor=2, expert=True)) == alone
+    assert tokens(ParallelConfig(), seed=6) != alone
 
 
 def test_ranks_hold_their_share_only(ranks: RankProcesses, tiny_model: GetModel) -> None:

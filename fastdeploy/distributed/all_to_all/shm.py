@@ -16,14 +16,13 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from fastdeploy.distributed.all_to_all.base import Dispatched, ExpertRows
 from fastdeploy.distributed.collectives import sum_in_order
+from fastdeploy.distributed.exchange_size import ExchangeSize
 from fastdeploy.distributed.groups import STEP_PATIENCE_S, Group
 from fastdeploy.distributed.shared_region import SharedRegion
 from fastdeploy.layers.moe.gate import Routing
 
 if TYPE_CHECKING:
     from fastdeploy.kernels.moe_rows import SlotOutputs
-
-_MAX_BYTES = 32 << 20  # of one buffer; memory is taken only where rows were written
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +55,13 @@ class SharedAllToAll:
         self._size, self._rank = group.where.group_size, group.where.group_rank
         self._rows = rows
         self._local_id_e = rows.local_ids(group)
-        bytes_back = self._size * rows.row_bytes
-        routing_bytes = rows.n_experts_per_token * (torch.int64.itemsize + rows.dtype.itemsize)
-        row_bytes = max(bytes_back, rows.row_bytes + routing_bytes)
-        self.max_rows: int | None = max(self._size, _MAX_BYTES // row_bytes)
+        size = ExchangeSize(self._size, rows.row_bytes, rows.n_experts_per_token, rows.dtype.itemsize)
+        self.max_rows: int | None = size.max_rows
         self._region = SharedRegion(
             PrefixStore("all_to_all", group.store),
             self._rank,
             group.names(),
-            self.max_rows * row_bytes,
+            size.buffer_bytes,
             n_ranks_here=group.n_ranks_here,
             deadline_s=STEP_PATIENCE_S,
         )
