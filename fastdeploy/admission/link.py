@@ -63,10 +63,7 @@ class RedisLink:
         numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
         if numbers < LEAST_VERSION:
             await self.close()
-            raise ConfigError(
-                f"--scheduler-host {self._config.host}: Redis {version or 'of unknown version'} is too old for "
-                f"--scheduler-name {self._config.name}; 6.2 is needed (or Valkey). `fastdeploy redis` starts one"
-            )
+            raise ConfigError(self._too_old(version or "of unknown version"))
         log.info("Redis %s at %s, database %d", version, self.where, self._config.db)
 
     @property
@@ -132,10 +129,18 @@ class RedisLink:
         await self.client.aclose()
         await asyncio.sleep(0)  # a transport is closed in the next turn of the loop
 
+    def _too_old(self, version: str) -> str:
+        return (
+            f"--scheduler-host, --scheduler-port: Redis {version} at {self.where} is too old for --scheduler-name "
+            f"{self._config.name}; 6.2 is needed (or Valkey). `fastdeploy redis` starts one"
+        )
+
     def _why_not(self, error: BaseException) -> str:
         name = f"--scheduler-name {self._config.name}"
         if isinstance(error, (AuthenticationError, NoPermissionError)) or "NOAUTH" in str(error):
             return f"--scheduler-password: Redis at {self.where} refused it ({error})"
+        if isinstance(error, ResponseError) and "unknown command" in str(error) and "HELLO" in str(error).upper():
+            return self._too_old("older than 6.0")  # which that command came with
         if isinstance(error, ResponseError):
             return f"--scheduler-db {self._config.db}: Redis at {self.where} said: {error}"
         what = str(error) or f"no answer within {_START_S:.0f} s"

@@ -18,7 +18,8 @@ from fastdeploy.errors import InvalidRequest
 from fastdeploy.observability.logs import RequestLogger
 from fastdeploy.router.downstream import ClientConnection, Work
 from fastdeploy.router.health import HealthChecker
-from fastdeploy.router.http1 import Request, error_body, own_response
+from fastdeploy.router.http1 import Request, RequestHead, error_body, own_response
+from fastdeploy.router.known_heads import KnownHeads
 from fastdeploy.router.metrics import CONTENT_TYPE, Figures, RouterMetrics, added, rendered, shown
 from fastdeploy.router.page import FILES
 from fastdeploy.router.peers import Peers
@@ -108,6 +109,7 @@ class App:
         self, registry: Registry, checker: HealthChecker, proxy: Proxy, metrics: RouterMetrics, peers: Peers
     ) -> None:
         self.clients: set[ClientConnection] = set()
+        self.heads: KnownHeads[RequestHead] = KnownHeads(of_requests=True)
         self.for_peers = _ForPeers(self)
         self._peers = peers
         self._registry, self._checker, self._proxy, self._metrics = registry, checker, proxy, metrics
@@ -136,23 +138,22 @@ class App:
 
     def handle(self, request: Request, client: ClientConnection) -> Work | None:
         """Begin to answer."""
-        path = request.path
+        path = request.head.path
         method = FORWARDED.get(path)
-        if method == request.method:
+        if method == request.head.method:
             return self._proxy.forward(request, client)
         methods, answer = self._routes.get(path, (None, None))
-        if answer is None or methods is None or request.method not in methods:
-            allowed = method is not None or answer is not None
-            text = (
-                f"{_shown(path)} does not answer {_shown(request.method)}" if allowed else f"nothing at {_shown(path)}"
-            )
-            self._reply(request, client, Reply(405 if allowed else 404, error_body(405 if allowed else 404, text)))
+        if answer is None or methods is None or request.head.method not in methods:
+            status, text = 404, f"nothing at {_shown(path)}"
+            if method is not None or answer is not None:
+                status, text = 405, f"{_shown(path)} does not answer {_shown(request.head.method)}"
+            self._reply(request, client, Reply(status, error_body(status, text)))
             return None
         return _Answering(asyncio.get_running_loop().create_task(self._answer(answer, request, client)))
 
     def handle_peer(self, request: Request, client: ClientConnection) -> Work | None:
         """Begin to answer another worker."""
-        answer = self._peer_routes[request.path]
+        answer = self._peer_routes[request.head.path]
         return _Answering(asyncio.get_running_loop().create_task(self._answer(answer, request, client)))
 
     async def _answer(self, answer: Answerer, request: Request, client: ClientConnection) -> None:
@@ -161,7 +162,9 @@ class App:
         except InvalidRequest as exc:
             reply = Reply(exc.status, error_body(exc.status, str(exc)))
         except Exception:
-            RequestLogger(LOGGER, request.request_id.decode("latin-1")).exception("%s failed", _shown(request.path))
+            RequestLogger(LOGGER, request.request_id.decode("latin-1")).exception(
+                "%s failed", _shown(request.head.path)
+            )
             reply = Reply(500, error_body(500, "internal error; the router's log tells more"))
         self._reply(request, client, reply)
 
@@ -169,10 +172,11 @@ class App:
         client.write(
             own_response(reply.status, reply.body, reply.content_type, request.request_id, close=not client.keep_alive)
         )
-        known = request.path in self._routes or request.path in FORWARDED
+        head = request.head
+        known = head.path in self._routes or head.path in FORWARDED
         took_s = self._checker.now_s() - request.received_s
-        path = request.path if known else b"other"
-        self._metrics.http(request.method, path, reply.status, took_s)
+        path = head.path if known else b"other"
+        self._metrics.http(head.method, path, reply.status, took_s)
         client.finish()
 
     # ---- the router itself ---------------------------------------------------------------------------------------
@@ -196,7 +200,7 @@ class App:
 
     async def _file(self, request: Request) -> Reply:
         """A file of the page."""
-        content_type, body = FILES[request.path]
+        content_type, body = FILES[request.head.path]
         return Reply(200, body, content_type)
 
     async def _figures(self) -> Figures:
@@ -261,7 +265,7 @@ class App:
 
     async def _decode_instances(self, request: Request) -> Reply:
         """The decode servers as they registered, for prefill servers that connect ahead; `?version=` keeps one."""
-        wanted = parse_qs(request.target.partition(b"?")[2].decode("latin-1")).get("version")
+        wanted = parse_qs(request.head.target.partition(b"?")[2].decode("latin-1")).get("version")
         servers = self._registry.available_without((), "decode")
         return _json(200, [one.record for one in servers if wanted is None or one.record.version == wanted[-1]])
 
@@ -274,14 +278,14 @@ class App:
         """What every server says; those that say nothing are left out."""
 
         async def ask(server: Server) -> Answer | None:
-            headers = [one for one in request.headers if one[0] in (b"authorization", b"content-type")]
+            headers = [one for one in request.head.headers if one[0] in (b"authorization", b"content-type")]
             headers.append((b"x-request-id", request.request_id))
             try:
                 return await fetch(
-                    server.upstream, request.method, request.target, ASK_ALL_TIMEOUT_S, headers, request.body
+                    server.upstream, request.head.method, request.head.target, ASK_ALL_TIMEOUT_S, headers, request.body
                 )
             except UpstreamError as exc:
-                LOGGER.warning("%s: %s: %s", server.url, _shown(request.path), exc)
+                LOGGER.warning("%s: %s: %s", server.url, _shown(request.head.path), exc)
                 return None
 
         answers = await asyncio.gather(*(ask(server) for server in self._registry.available))
@@ -319,6 +323,7 @@ class _ForPeers:
 
     def __init__(self, app: App) -> None:
         self.clients: set[ClientConnection] = set()
+        self.heads: KnownHeads[RequestHead] = KnownHeads(of_requests=True)
         self._app = app
 
     def handle(self, request: Request, client: ClientConnection) -> Work | None:

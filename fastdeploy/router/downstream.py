@@ -6,11 +6,12 @@ One request of a connection is answered at a time; what a client sends ahead wai
 from __future__ import annotations
 
 import asyncio
-import os
+import random
 from collections import deque
 from typing import Protocol, cast
 
 import httptools
+import msgspec
 
 from fastdeploy.router.http1 import (
     MAX_BODY_BYTES,
@@ -18,9 +19,11 @@ from fastdeploy.router.http1 import (
     MAX_HEADERS,
     Headers,
     Request,
+    RequestHead,
     error_body,
     own_response,
 )
+from fastdeploy.router.known_heads import KnownHeads
 
 RECEIVE_TIMEOUT_S = 120.0  # for a whole request, once it began
 IDLE_TIMEOUT_S = 75.0
@@ -43,9 +46,10 @@ class Work(Protocol):
 
 
 class Handler(Protocol):
-    """Takes whole requests."""
+    """Takes whole requests. `heads` are those that its clients sent before."""
 
     clients: set[ClientConnection]
+    heads: KnownHeads[RequestHead]
 
     def handle(self, request: Request, client: ClientConnection) -> Work | None:
         """Begin to answer; None when that is done already."""
@@ -85,7 +89,7 @@ class ClientConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._work: Work | None = None
-        self._ahead: deque[tuple[Request, bool]] = deque()
+        self._ahead: deque[Request] = deque()
         self._refusal: tuple[int, str] | None = None
         self._closing = False  # nothing is read any more
         self._receiving = False  # a request began and is not whole
@@ -157,7 +161,10 @@ class ClientConnection(asyncio.Protocol):
     def _next(self) -> None:
         if self.is_busy or not self._ahead or self._transport is None or self._transport.is_closing():
             return
-        request, self.keep_alive = self._ahead.popleft()
+        self._answer(self._ahead.popleft())
+
+    def _answer(self, request: Request) -> None:
+        self.keep_alive = request.head.keep_alive
         self.is_busy = True
         work = self._handler.handle(request, self)
         if work is not None and self.is_busy:
@@ -176,8 +183,17 @@ class ClientConnection(asyncio.Protocol):
         """Bytes came."""
         if self._closing:
             return
+        begins = not (self._receiving or self.is_busy or self._ahead)
+        known = self._handler.heads.find(data) if begins else None
+        if known is not None:
+            head, body, ids = known
+            request_id = ids[-1].partition(b" ")[2][:MAX_ID_BYTES] if ids else b""
+            self._answer(Request(head, body, request_id or _new_id(), self._loop.time()))
+            return
         had_head = self._n_head < 0
         self._feed(data)
+        if begins and self._ahead and self._ahead[0].head.keep_alive:
+            self._remember(data, self._ahead[0].head)
         if self._n_head >= 0 and not had_head:
             self._n_head += len(data)
             if self._n_head > MAX_HEAD_BYTES:
@@ -189,6 +205,11 @@ class ClientConnection(asyncio.Protocol):
                 self._closing, self.keep_alive = True, False
         elif not self.is_busy:
             self._next()
+
+    def _remember(self, data: bytes, head: RequestHead) -> None:
+        names = [name for name, _ in head.headers]
+        lasting = [one for one in head.headers if one[0] != b"x-request-id"]
+        self._handler.heads.keep(data, msgspec.structs.replace(head, headers=lasting), names)
 
     def _feed(self, data: bytes) -> None:
         while data:
@@ -203,7 +224,7 @@ class ClientConnection(asyncio.Protocol):
                     return
                 # An offer of another protocol is not taken up. The parser left the body unread for it: it gets the
                 # same request once more, without the offer.
-                data = _without_offer(self._ahead.pop()[0]) + data[exc.args[0] :]
+                data = _without_offer(self._ahead.pop()) + data[exc.args[0] :]
                 self._parser = httptools.HttpRequestParser(self)
             except httptools.HttpParserError as exc:
                 self._refusal = self._refusal or (400, f"this is not HTTP: {exc}")
@@ -294,17 +315,12 @@ class ClientConnection(asyncio.Protocol):
         if len(self._ahead) >= MAX_AHEAD:
             self._refusal = (429, f"more than {MAX_AHEAD} requests were sent ahead on one connection")
             return
-        request = Request(
-            self._parser.get_method(),
-            self._target,
-            self._headers,
-            b"".join(self._body),
-            self._is_1_0,
-            self._request_id or os.urandom(16).hex().encode(),
-            self._loop.time(),
+        parser = self._parser
+        head = RequestHead.of(
+            parser.get_method(), self._target, self._headers, self._is_1_0, parser.should_keep_alive()
         )
+        self._ahead.append(Request(head, b"".join(self._body), self._request_id or _new_id(), self._loop.time()))
         self._body = []
-        self._ahead.append((request, self._parser.should_keep_alive()))
 
     def _too_large(self) -> None:
         self._refusal = self._refusal or (413, f"the request body exceeds the limit of {MAX_BODY_BYTES} bytes")
@@ -314,6 +330,11 @@ class ClientConnection(asyncio.Protocol):
 def _without_offer(request: Request) -> bytes:
     """The head of a request without its offer to upgrade the connection."""
     dropped = (b"connection", b"upgrade", b"http2-settings", b"expect")
-    lines = [b"%b: %b\r\n" % header for header in request.headers if header[0] not in dropped]
-    version = b"1.0" if request.is_http_1_0 else b"1.1"
-    return b"%b %b HTTP/%b\r\n%b\r\n" % (request.method, request.target, version, b"".join(lines))
+    head = request.head
+    lines = [b"%b: %b\r\n" % header for header in head.headers if header[0] not in dropped]
+    version = b"1.0" if head.is_http_1_0 else b"1.1"
+    return b"%b %b HTTP/%b\r\n%b\r\n" % (head.method, head.target, version, b"".join(lines))
+
+
+def _new_id() -> bytes:
+    return b"%032x" % random.getrandbits(128)  # need only be unlike others: nothing is proved by it

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastdeploy.errors import InvalidRequest
@@ -17,13 +18,12 @@ from fastdeploy.observability.logs import RequestLogger
 from fastdeploy.router.downstream import ClientConnection
 from fastdeploy.router.http1 import (
     LAST_CHUNK,
-    Headers,
+    AnswerHead,
     Request,
     chunk,
     error_body,
     error_events,
     own_response,
-    response_head,
 )
 from fastdeploy.router.ledger import Ticket
 from fastdeploy.router.placement import Placement, SplitBody, given_up
@@ -49,6 +49,22 @@ _END_MARK = b"data: [DONE]\n\n"
 class Exchange:
     """The work for one request; a `Receiver` of the server's answer."""
 
+    # What most requests never change is not written for each of them.
+    _placement: Placement | None = None
+    _leg: PrefillLeg | None = None
+    _n_retries = _n_preempted = 0
+    _body: bytes | None = None  # what goes to servers instead of the client's
+    _tried: Sequence[str] = ()
+    _server: Server | None = None
+    _ticket: Ticket | None = None
+    _connection: UpstreamConnection | None = None
+    _task: asyncio.Task[None] | None = None
+    _is_sent = False  # the client got a byte
+    _is_full = False  # the client takes no more at the moment
+    _status = 0
+    _head = _held = _last = b""  # of the answer for the client; of an event that is not whole; of the last event
+    _is_chunked = _is_events = _is_refused = _passes = False
+
     def __init__(
         self,
         proxy: Proxy,
@@ -60,22 +76,10 @@ class Exchange:
         """`split` is the body when servers work in pairs."""
         self._proxy, self._request, self._client = proxy, request, client
         self._figures, self._split = figures, split
-        self._placement: Placement | None = None
-        self._leg: PrefillLeg | None = None
-        self._n_retries = self._n_preempted = 0
-        self._body: bytes | None = None  # what goes to servers instead of the client's
         self.deadline_s = request.received_s + proxy.timeout_s
-        self._tried: list[str] = []
-        self._server: Server | None = None
-        self._ticket: Ticket | None = None
-        self._connection: UpstreamConnection | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._is_sent = False  # the client got a byte
-        self._is_full = False  # the client takes no more at the moment
-        self._status = 0
-        self._reset()
 
     def _reset(self) -> None:
+        """Forget the answer of a server that is not asked any more."""
         self._head = b""
         self._held = b""
         self._last = b""
@@ -145,33 +149,30 @@ class Exchange:
 
     # ---- the way back: of Receiver -------------------------------------------------------------------------------
 
-    def on_head(self, status: int, headers: Headers, n_body_bytes: int | None) -> None:
+    def on_head(self, head: AnswerHead, n_body_bytes: int | None) -> None:
         """The answer begins."""
-        self._status = status
+        status = self._status = head.status
         if status in _REFUSALS and self._may_try_another(self._server):
             self._is_refused = True
             return
-        for name, value in headers:
-            if name == b"content-type":
-                self._is_events = value[:17].lower() == b"text/event-stream"
-                break
+        self._is_events, is_1_0 = head.is_events, self._request.head.is_http_1_0
         has_body = status not in (204, 304)
         if n_body_bytes is not None or not has_body:
             framing = b"content-length: %d\r\n" % (n_body_bytes or 0) if has_body else b""
-        elif self._request.is_http_1_0:
+        elif is_1_0:
             framing, self._client.keep_alive = b"", False
         else:
             framing, self._is_chunked = b"transfer-encoding: chunked\r\n", True
         if not self._client.keep_alive:
             framing += b"connection: close\r\n"
-        elif self._request.is_http_1_0:
+        elif is_1_0:
             framing += b"connection: keep-alive\r\n"
         placement = self._placement
         if self._split is not None and placement is not None:
-            headers = [*headers, (b"x-router-decode-url", placement.server.url.encode())]
+            framing += b"x-router-decode-url: %b\r\n" % placement.server.url.encode()
             if placement.prefill is not None:
-                headers.append((b"x-router-prefill-url", placement.prefill.url.encode()))
-        self._head = response_head(status, headers, framing, self._request.request_id)
+                framing += b"x-router-prefill-url: %b\r\n" % placement.prefill.url.encode()
+        self._head = head.written(framing, self._request.request_id)
         self._passes = not self._is_events and (n_body_bytes is None or n_body_bytes > HOLD_BYTES)
 
     def on_body(self, data: bytes) -> None:
@@ -254,7 +255,7 @@ class Exchange:
         self._release()
         self._n_retries += 1
         if server is not None:
-            self._tried.append(server.url)
+            self._tried = [*self._tried, server.url]
         self._reset()
         self.start()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from http import HTTPStatus
 from types import MappingProxyType
 
@@ -59,61 +58,90 @@ _ERROR_KINDS: Mapping[int, tuple[str, str]] = MappingProxyType(
 )
 
 
-@dataclass(slots=True)
-class Request:
-    """A whole request of a client."""
+class RequestHead(msgspec.Struct, frozen=True):
+    """The head of a request, without its id. `passed` are the lines that go on to a server."""
 
     method: bytes
     target: bytes  # as the client wrote it: path and query
+    path: bytes  # the target without its query
     headers: Headers
-    body: bytes
+    passed: bytes
     is_http_1_0: bool
+    keep_alive: bool
+
+    @classmethod
+    def of(cls, method: bytes, target: bytes, headers: Headers, is_http_1_0: bool, keep_alive: bool) -> RequestHead:
+        """The head with these headers."""
+        passed = _lines(headers, _OWN_REQUEST)
+        return cls(method, target, target.partition(b"?")[0], headers, passed, is_http_1_0, keep_alive)
+
+
+class Request(msgspec.Struct):
+    """A whole request of a client."""
+
+    head: RequestHead
+    body: bytes
     request_id: bytes  # the client's x-request-id, or a new one
     received_s: float  # loop time of its last byte
-
-    @property
-    def path(self) -> bytes:
-        """The target without its query."""
-        return self.target.partition(b"?")[0]
 
     def forwarded(self, host: bytes, body: bytes | None = None) -> bytes:
         """The request as it goes to the server at `host`: all headers but those of the client's connection.
 
         `body` replaces the client's.
         """
-        body = self.body if body is None else body
-        named = _named(self.headers)
-        parts = [self.method, b" ", self.target, b" HTTP/1.1\r\nhost: ", host, b"\r\nx-request-id: ", self.request_id]
-        for name, value in self.headers:
-            if name not in _OWN_REQUEST and name not in named:
-                parts += (b"\r\n", name, b": ", value)
-        if body or self.method != b"GET":
-            parts.append(b"\r\ncontent-length: %d" % len(body))
-        parts += (b"\r\n\r\n", body)
-        return b"".join(parts)
+        head, body = self.head, self.body if body is None else body
+        length = b"content-length: %d\r\n" % len(body) if body or head.method != b"GET" else b""
+        return b"%b %b HTTP/1.1\r\nhost: %b\r\nx-request-id: %b\r\n%b%b\r\n%b" % (
+            head.method,
+            head.target,
+            host,
+            self.request_id,
+            head.passed,
+            length,
+            body,
+        )
 
 
-def _named(headers: Headers) -> frozenset[bytes]:
-    """Headers that `Connection` declares to be of that connection only."""
+class AnswerHead(msgspec.Struct, frozen=True):
+    """The head of an answer. `start` is its first line and the lines that go on to the client."""
+
+    status: int
+    start: bytes
+    has_id: bool  # among those lines is an x-request-id
+    is_events: bool
+
+    @classmethod
+    def of(cls, status: int, headers: Headers) -> AnswerHead:
+        """The head with these headers."""
+        names = [name for name, _ in headers]
+        is_events = any(
+            name == b"content-type" and value[:17].lower() == b"text/event-stream" for name, value in headers
+        )
+        start = (_STATUS_LINES.get(status) or b"HTTP/1.1 %d Status\r\n" % status) + _lines(headers, _OWN_RESPONSE)
+        return cls(status, start, b"x-request-id" in names, is_events)
+
+    def with_lines(self, lines: list[bytes]) -> AnswerHead:
+        """The same with more lines, of ids or dates."""
+        start = b"%b%b\r\n" % (self.start, b"\r\n".join(lines))
+        has_id = self.has_id or any(line[:1] in b"xX" for line in lines)
+        return AnswerHead(self.status, start, has_id, self.is_events)
+
+    def written(self, framing: bytes, request_id: bytes) -> bytes:
+        """The head for a client; `framing` is whole header lines with their ends."""
+        if self.has_id:
+            return b"%b%b\r\n" % (self.start, framing)
+        return b"%bx-request-id: %b\r\n%b\r\n" % (self.start, request_id, framing)
+
+
+def _lines(headers: Headers, own: frozenset[bytes]) -> bytes:
+    """Those headers that go on: not the `own` ones, nor those that `Connection` declares to be of that connection."""
+    named: frozenset[bytes] = frozenset()
     for name, value in headers:
         if name == b"connection":
-            return frozenset(token.strip().lower() for token in value.split(b","))
-    return frozenset()
-
-
-def response_head(status: int, headers: Headers, framing: bytes, request_id: bytes) -> bytes:
-    """The head of a server's answer for the client; `framing` is a whole header line with its end."""
-    named = _named(headers)
-    parts = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d Status\r\n" % status]
-    has_id = False
-    for name, value in headers:
-        if name not in _OWN_RESPONSE and name not in named:
-            has_id = has_id or name == b"x-request-id"
-            parts += (name, b": ", value, b"\r\n")
-    if not has_id:
-        parts += (b"x-request-id: ", request_id, b"\r\n")
-    parts += (framing, b"\r\n")
-    return b"".join(parts)
+            named = frozenset(token.strip().lower() for token in value.split(b","))
+            break
+    passed = [b"%b: %b\r\n" % header for header in headers if header[0] not in own and header[0] not in named]
+    return b"".join(passed)
 
 
 def own_response(
@@ -131,7 +159,7 @@ def own_response(
     if status in (429, 503):
         own.append((b"retry-after", b"1"))
     framing = b"content-length: %d\r\n" % len(body) + (b"connection: close\r\n" if close else b"")
-    return response_head(status, own, framing, request_id or b"-") + body
+    return AnswerHead.of(status, own).written(framing, request_id or b"-") + body
 
 
 def error_body(status: int, message: str) -> bytes:

@@ -35,8 +35,7 @@ class PairSettings:
     preempt_retry_exclude_decode: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True):
     """`server` answers the client; `prefill` is None when it does the whole work."""
 
     server: Server

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
+import msgspec
+
 from fastdeploy.errors import ConfigError
 from fastdeploy.router.ledger import ServerLoad
 from fastdeploy.router.prefix_index import PrefixIndex
@@ -49,8 +51,7 @@ class SchedulerSettings:
     stats_interval_secs: float = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True, gc=False):
     """What a policy may know about a request; `text` is empty unless the policy `needs_text`."""
 
     n_tokens: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from fastdeploy.router.http1 import Headers
+from fastdeploy.router.http1 import AnswerHead
 from fastdeploy.router.ledger import Ticket
 from fastdeploy.router.registry import Server
 from fastdeploy.router.upstream import UpstreamConnection, UpstreamError
@@ -89,9 +89,9 @@ class PrefillLeg:
         self._ticket.end()
         self._legs.discard(self)
 
-    def on_head(self, status: int, headers: Headers, n_body_bytes: int | None) -> None:
+    def on_head(self, head: AnswerHead, n_body_bytes: int | None) -> None:
         """See `Receiver`."""
-        self._status = status
+        self._status = head.status
 
     def on_body(self, data: bytes) -> None:
         """See `Receiver`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -23,8 +22,7 @@ class _Body(msgspec.Struct, gc=False):
     stream: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PromptFigures:
+class PromptFigures(msgspec.Struct, frozen=True, gc=False):
     """`n_tokens` is an estimate from above, for loads; `text` is empty when it was not wanted or is not text.
 
     `n_prompt_tokens` is the likely length of the prompt, 0 when it is not known or no text was wanted.

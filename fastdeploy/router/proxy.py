@@ -62,7 +62,7 @@ class Proxy:
     def _refuse(self, request: Request, client: ClientConnection, status: int, reason: str) -> None:
         body = error_body(status, reason)
         client.write(own_response(status, body, request_id=request.request_id, close=not client.keep_alive))
-        self.metrics.http(request.method, request.path, status, self._checker.now_s() - request.received_s)
+        self.metrics.http(request.head.method, request.head.path, status, self._checker.now_s() - request.received_s)
         client.finish()
 
     def expire(self, now_s: float) -> None:
@@ -103,4 +103,4 @@ class Proxy:
             self.metrics.inference("", prefill, url, status)
         else:
             self.metrics.inference(url, "", "", status)
-        self.metrics.http(request.method, request.path, status, self._checker.now_s() - request.received_s)
+        self.metrics.http(request.head.method, request.head.path, status, self._checker.now_s() - request.received_s)

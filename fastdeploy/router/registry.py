@@ -35,11 +35,10 @@ class Server:
     n_heartbeats: int = 1
     is_well: bool = False
     n_failures: int = 0  # in a row, of its last requests
+    url: str = field(init=False)  # its identity, which no later record changes
 
-    @property
-    def url(self) -> str:
-        """Its identity."""
-        return self.record.url
+    def __post_init__(self) -> None:
+        self.url = self.record.url
 
     def close(self) -> None:
         """Close the connections that wait for another request."""

@@ -12,7 +12,8 @@ from typing import Literal, Protocol, cast
 import httptools
 
 from fastdeploy.errors import FastDeployError
-from fastdeploy.router.http1 import MAX_HEAD_BYTES, Headers
+from fastdeploy.router.http1 import MAX_HEAD_BYTES, AnswerHead, Headers
+from fastdeploy.router.known_heads import KnownHeads
 
 CONNECT_TIMEOUT_S = 5.0
 KEEP_IDLE_S = 45.0  # an api_server closes an idle connection after 60 s; we are first
@@ -35,8 +36,8 @@ class UpstreamError(FastDeployError):
 class Receiver(Protocol):
     """Takes one answer: `on_head`, then `on_body` for every read, then `on_end`; `on_failure` at any moment instead."""
 
-    def on_head(self, status: int, headers: Headers, n_body_bytes: int | None) -> None:
-        """Status and headers; `n_body_bytes` is None when it is not announced."""
+    def on_head(self, head: AnswerHead, n_body_bytes: int | None) -> None:
+        """`n_body_bytes` is None when it is not announced."""
 
     def on_body(self, data: bytes) -> None:
         """All of the body that a read brought."""
@@ -133,7 +134,13 @@ class UpstreamConnection(asyncio.Protocol):
         if receiver is None:
             self.close()  # nothing was asked for
             return
+        is_first = not self.answered
         self.answered = True
+        if is_first:
+            known = self._pool.heads.find(data)
+            if known is not None:
+                self._take(receiver, *known)
+                return
         had_head = self._head_seen
         try:
             self._parser.feed_data(data)
@@ -146,13 +153,29 @@ class UpstreamConnection(asyncio.Protocol):
                 self._fail(f"the head of the answer exceeds {MAX_HEAD_BYTES} bytes", bad_http=True)
             return
         if not had_head:
-            receiver.on_head(self._parser.get_status_code(), self._headers, self._announced())
+            head = AnswerHead.of(self._parser.get_status_code(), self._headers)
+            if is_first and self._complete and self._keep_alive:
+                self._remember(data, head)
+            receiver.on_head(head, self._announced())
         body = self._body
         if body and self._receiver is receiver:
             self._body = []
             receiver.on_body(body[0] if len(body) == 1 else b"".join(body))
         if self._complete and self._receiver is receiver:
             self._finish(self._keep_alive)
+
+    def _remember(self, data: bytes, head: AnswerHead) -> None:
+        heads, names = self._pool.heads, [name for name, _ in self._headers]
+        lasting = [one for one in self._headers if one[0] not in heads.varying]
+        heads.keep(data, AnswerHead.of(head.status, lasting), names)
+
+    def _take(self, receiver: Receiver, head: AnswerHead, body: bytes, lines: list[bytes]) -> None:
+        """A whole answer, whose head is known but for those lines."""
+        receiver.on_head(head.with_lines(lines) if lines else head, len(body))
+        if body and self._receiver is receiver:
+            receiver.on_body(body)
+        if self._receiver is receiver:
+            self._finish(True)
 
     def eof_received(self) -> None:
         """The server sends no more."""
@@ -226,6 +249,7 @@ class Upstream:
         """`unix_path`: a socket to connect to instead."""
         self._host, self._port, self._unix_path = host, port, unix_path
         self.host_header = (f"[{host}]:{port}" if ":" in host else f"{host}:{port}").encode()
+        self.heads: KnownHeads[AnswerHead] = KnownHeads(of_requests=False)
         self._idle: list[UpstreamConnection] = []
 
     def idle(self) -> UpstreamConnection | None:
@@ -280,7 +304,6 @@ class Answer:
     """A whole answer."""
 
     status: int
-    headers: Headers
     body: bytes
 
 
@@ -290,12 +313,11 @@ class _Collector:
     def __init__(self) -> None:
         self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._status = 0
-        self._headers: Headers = []
         self._body = bytearray()
 
-    def on_head(self, status: int, headers: Headers, n_body_bytes: int | None) -> None:
+    def on_head(self, head: AnswerHead, n_body_bytes: int | None) -> None:
         """See `Receiver`."""
-        self._status, self._headers = status, headers
+        self._status = head.status
 
     def on_body(self, data: bytes) -> None:
         """See `Receiver`."""
@@ -306,7 +328,7 @@ class _Collector:
     def on_end(self) -> None:
         """See `Receiver`."""
         if not self.answer.done():
-            self.answer.set_result(Answer(self._status, self._headers, bytes(self._body)))
+            self.answer.set_result(Answer(self._status, bytes(self._body)))
 
     def on_failure(self, error: UpstreamError) -> None:
         """See `Receiver`."""

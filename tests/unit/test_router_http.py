@@ -8,7 +8,15 @@ import pytest
 from router_harness import Client, Running, Writer, running, until, whole
 
 from fastdeploy.router.downstream import MAX_AHEAD
-from fastdeploy.router.http1 import MAX_BODY_BYTES, MAX_HEAD_BYTES, MAX_HEADERS, Request, error_body, response_head
+from fastdeploy.router.http1 import (
+    MAX_BODY_BYTES,
+    MAX_HEAD_BYTES,
+    MAX_HEADERS,
+    AnswerHead,
+    Request,
+    RequestHead,
+    error_body,
+)
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -214,9 +222,10 @@ def test_clients_that_say_nothing_are_closed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_heads_that_the_router_writes() -> None:
-    head = response_head(299, [(b"connection", b"x-a"), (b"x-a", b"1"), (b"x-b", b"2")], b"", b"me")
-    assert head == b"HTTP/1.1 299 Status\r\nx-b: 2\r\nx-request-id: me\r\n\r\n"
-    request = Request(b"GET", b"/a?b", [(b"host", b"c"), (b"x-b", b"2")], b"", False, b"me", 0.0)
+    answer = AnswerHead.of(299, [(b"connection", b"x-a"), (b"x-a", b"1"), (b"x-b", b"2")])
+    assert answer.written(b"", b"me") == b"HTTP/1.1 299 Status\r\nx-b: 2\r\nx-request-id: me\r\n\r\n"
+    head = RequestHead.of(b"GET", b"/a?b", [(b"host", b"c"), (b"x-b", b"2")], False, True)
+    request = Request(head, b"", b"me", 0.0)
     assert request.forwarded(b"h:1") == b"GET /a?b HTTP/1.1\r\nhost: h:1\r\nx-request-id: me\r\nx-b: 2\r\n\r\n"
     assert json.loads(error_body(502, "no"))["error"] == {
         "message": "no",
