@@ -14,6 +14,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from network_namespaces import Machine
 
 HOST = "127.0.0.1"
 START_S = 120.0
@@ -23,14 +27,19 @@ STOP_S = 30.0
 class Program:
     """`python -m MODULE FLAGS` whose console goes to a file."""
 
-    def __init__(self, module: str, flags: Sequence[str], folder: Path) -> None:
+    def __init__(self, module: str, flags: Sequence[str], folder: Path, machine: Machine | None = None) -> None:
+        """On this machine, or on another one of `network_namespaces`."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._log = folder / "console.txt"
         environ = {**os.environ, "FD_LOG_DIR": str(folder / "log")}
+        args = ["-m", module, *flags]
+        if machine is not None:
+            environ["FD_HOST_IP"] = machine.address
+            args = machine.command(args)
         with self._log.open("wb") as sink:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *flags], stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=environ
+                [sys.executable, *args], stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=environ
             )
 
     @property
