@@ -236,7 +236,12 @@ class Run:
             self.found["descriptors_before"] = descriptors(pair)
             while len(self.found["rounds"]) < args.rounds and time.monotonic() < deadline_s:
                 there = machines[1] if machines else None
-                found = asyncio.run(one_round(pair, fault, self._bodies, self._right, rng, there))
+                try:
+                    found = asyncio.run(one_round(pair, fault, self._bodies, self._right, rng, there))
+                except Exception:
+                    for node in pair.nodes.values():
+                        print(f"{node.folder.name}: {node.console[-3000:]}", file=sys.stderr)
+                    raise
                 self.found["rounds"].append(found)
                 print(fault, len(self.found["rounds"]), json.dumps(found), file=sys.stderr, flush=True)
                 write()
