@@ -193,11 +193,11 @@ class Outcome:
         return "right" if self.finished and self.tokens == expected.tokens else "no reason"
 
 
-def make_prompts(n: int, seed: int, longest: int, n_words: int = 20000) -> list[list[int]]:
-    """Prompts of random tokens of a vocabulary, of 4 to `longest` tokens each."""
+def make_prompts(n: int, seed: int, end: int, n_words: int = 20000, shortest: int = 4) -> list[list[int]]:
+    """Prompts of random tokens of a vocabulary, of `shortest` to `end` - 1 tokens each."""
     rng = random.Random(seed)
-    least, end = (1000, 20000) if n_words >= 20000 else (5, n_words)
-    return [[rng.randrange(least, end) for _ in range(rng.randrange(4, longest))] for _ in range(n)]
+    words = range(1000, 20000) if n_words >= 20000 else range(5, n_words)
+    return [[rng.choice(words) for _ in range(rng.randrange(shortest, end))] for _ in range(n)]
 
 
 def vocabulary(model: Path) -> int:
