@@ -240,7 +240,7 @@ class Run:
                     found = asyncio.run(one_round(pair, fault, self._bodies, self._right, rng, there))
                 except Exception:
                     for node in pair.nodes.values():
-                        print(f"{node.folder.name}: {node.console[-3000:]}", file=sys.stderr)
+                        print(f"{node.folder.name}: {node.last_words()}", file=sys.stderr)
                     raise
                 self.found["rounds"].append(found)
                 print(fault, len(self.found["rounds"]), json.dumps(found), file=sys.stderr, flush=True)

@@ -52,9 +52,17 @@ class Program:
         deadline_s = time.monotonic() + START_S
         while (found := re.search(pattern, self.console)) is None:
             if self.process.poll() is not None or time.monotonic() > deadline_s:
-                raise RuntimeError(f"no {pattern!r} on the console of {self.folder.name}:\n{self.console[-2000:]}")
+                raise RuntimeError(f"no {pattern!r} on the console of {self.folder.name}: {self.last_words()}")
             time.sleep(0.05)
         return found[1]
+
+    def last_words(self) -> str:
+        """Whether it runs, and the ends of its console and its log files."""
+        status = self.process.poll()
+        texts = ["it runs" if status is None else f"it ended with {status}", self.console[-2000:]]
+        logs = sorted(path for path in (self.folder / "log").rglob("*") if path.is_file())
+        texts += [f"{path.name}:\n{path.read_text(errors='replace')[-2000:]}" for path in logs]
+        return "\n".join(texts)
 
     def kill(self) -> None:
         """SIGKILL, as a crash; its children follow by themselves."""
