@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from network_namespaces import Machine
 
 HOST = "127.0.0.1"
-START_S = 120.0
+START_S = 300.0
 STOP_S = 30.0
 
 
