@@ -55,18 +55,25 @@ KEPT = 4
 LET_GO_S = 100.0  # channels and peers that nobody uses are kept for a minute
 
 
-async def recover(pair: Pair, body: dict[str, Any], expected: Outcome, since_s: float) -> float:
-    """Probe until an answer is right and pages have travelled; seconds since `since_s`."""
+async def recover(
+    pair: Pair, body: dict[str, Any], expected: Outcome, since_s: float
+) -> tuple[float, list[tuple[float, float, str]]]:
+    """Probe until an answer is right and pages have travelled.
+
+    Returns the seconds since `since_s`, and of each probe that ended when it was sent, when it ended, and how.
+    """
     works = asyncio.Event()
-    seen: list[str] = []
+    seen: list[tuple[float, float, str]] = []
 
     async def probe(client: httpx.AsyncClient) -> None:
-        before = await pulled(pair)
+        sent_s, before = time.monotonic() - since_s, await pulled(pair)
         found = await ask(client, pair.url, body, stream=False, leave=Leave(PROBE_S))
-        verdict = found.verdict(expected)
-        if verdict == "right" and await pulled(pair) > before:
+        how = found.error or found.cut or found.verdict(expected)
+        if how == "right":
+            how = "with pages" if await pulled(pair) > before else "without pages"
+        seen.append((round(sent_s, 2), round(time.monotonic() - since_s, 2), how))
+        if how == "with pages":
             works.set()
-        seen.append(found.error or found.cut or verdict)
 
     async with httpx.AsyncClient(timeout=None) as client:
         probes: list[asyncio.Task[None]] = []
@@ -76,7 +83,7 @@ async def recover(pair: Pair, body: dict[str, Any], expected: Outcome, since_s: 
                 try:
                     async with asyncio.timeout(PROBE_EVERY_S):
                         await works.wait()
-                    return time.monotonic() - since_s
+                    return time.monotonic() - since_s, seen
                 except TimeoutError:
                     continue
         finally:
@@ -166,7 +173,7 @@ async def one_round(
         probe = asyncio.create_task(recover(pair, bodies[-1], expected[-1], since_s))
         outcomes = await asyncio.gather(*asked)
         answers_s = time.monotonic() - start_s
-        recovery_s = await probe
+        recovery_s, probes = await probe
     verdicts = [found.verdict(right) for found, right in zip(outcomes, expected[:-1], strict=True)]
     settle_s, left = await asyncio.to_thread(pair.settle)
     fallbacks = {k: v for k, v in metrics_of(pair.nodes["decode"].url).items() if "pd_fallbacks_total{" in k}
@@ -179,6 +186,7 @@ async def one_round(
         "struck_s": round(since_s - start_s, 2),
         "open_then": n_open,
         "recovery_s": round(recovery_s, 2),
+        "probes": probes,
         "answers_s": round(answers_s, 2),
         "settle_s": round(settle_s, 2),
         "left": {role: {k: v for k, v in one.items() if v} for role, one in left.items()},
