@@ -97,7 +97,7 @@ class MixedPlacer:
 
 class PairPlacer:
     """A prefill server by its policy and a decode server by another; or decode alone where a transfer does not pay, the
-    answer has begun already, or no prefill server is left that has not failed the request.
+    answer has begun already, or no prefill server is there that has not failed the request.
 
     The counters say how often which was decided.
     """
@@ -116,7 +116,7 @@ class PairPlacer:
         self.n_pairs = self.n_short = self.n_cached = self.n_failed = self.n_begun = 0
 
     def can_place(self, tried: Collection[str]) -> bool:
-        """See `Placer`. Where all prefill servers have failed a request, a decode server is enough."""
+        """See `Placer`. Without a prefill server a decode server is enough."""
         return bool(self._registry.available_without(tried, "decode"))
 
     def place(
@@ -131,7 +131,7 @@ class PairPlacer:
         if alone is not None:
             return Placement(alone)
         prefills = self._registry.available_without(tried, "prefill")
-        if not decodes or not (prefills or tried):
+        if not decodes:
             return None
         if not prefills:
             self.n_failed += 1

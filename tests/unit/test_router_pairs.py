@@ -112,6 +112,11 @@ def test_roles_and_numbers() -> None:
             await run.register(decode, role="decode", tp_size=2)
             status, _, answer = await run.ask()
             assert (status, "tensor parallel sizes" in json.loads(answer)["error"]["message"]) == (400, True)
+            await run.register(decode, role="decode")
+            await run.register(prefill, role="prefill", is_paused=True)
+            status, _, answer = await run.ask()
+            assert (status, json.loads(answer)["from"]) == (200, "D"), "decode does it all"
+            await run.register(prefill, role="prefill")
             await run.register(decode, role="decode", is_paused=True)
             status, _, answer = await run.ask()
             assert (status, "prefill/decode" in json.loads(answer)["error"]["message"]) == (503, True)
