@@ -14,23 +14,32 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from network_namespaces import Machine
 
 HOST = "127.0.0.1"
-START_S = 120.0
+START_S = 300.0
 STOP_S = 30.0
 
 
 class Program:
     """`python -m MODULE FLAGS` whose console goes to a file."""
 
-    def __init__(self, module: str, flags: Sequence[str], folder: Path) -> None:
+    def __init__(self, module: str, flags: Sequence[str], folder: Path, machine: Machine | None = None) -> None:
+        """On this machine, or on another one of `network_namespaces`."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._log = folder / "console.txt"
         environ = {**os.environ, "FD_LOG_DIR": str(folder / "log")}
+        args = ["-m", module, *flags]
+        if machine is not None:
+            environ["FD_HOST_IP"] = machine.address
+            args = machine.command(args)
         with self._log.open("wb") as sink:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *flags], stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=environ
+                [sys.executable, *args], stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=environ
             )
 
     @property
@@ -43,9 +52,17 @@ class Program:
         deadline_s = time.monotonic() + seconds
         while (found := re.search(pattern, self.console)) is None:
             if self.process.poll() is not None or time.monotonic() > deadline_s:
-                raise RuntimeError(f"no {pattern!r} on the console of {self.folder.name}:\n{self.console[-2000:]}")
+                raise RuntimeError(f"no {pattern!r} on the console of {self.folder.name}: {self.last_words()}")
             time.sleep(0.05)
         return found[1]
+
+    def last_words(self) -> str:
+        """Whether it runs, and the ends of its console and its log files."""
+        status = self.process.poll()
+        texts = ["it runs" if status is None else f"it ended with {status}", self.console[-2000:]]
+        logs = sorted(path for path in (self.folder / "log").rglob("*") if path.is_file())
+        texts += [f"{path.name}:\n{path.read_text(errors='replace')[-2000:]}" for path in logs]
+        return "\n".join(texts)
 
     def kill(self) -> None:
         """SIGKILL, as a crash; its children follow by themselves."""

@@ -63,6 +63,14 @@ def missing_devices(parallel: ParallelConfig, n_there: int) -> list[str]:
     ]
 
 
+def served_devices(parallel: ParallelConfig, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The GPUs of the replicas that are served here, as CUDA_VISIBLE_DEVICES names them, or else by their numbers."""
+    first = [rank % parallel.n_local_replicas * parallel.tensor for rank in parallel.serves]
+    indices = [start + tensor_rank for start in first for tensor_rank in range(parallel.tensor)]
+    names = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return tuple(names[index] if index < len(names) else str(index) for index in indices)
+
+
 def host_index(hosts: Sequence[str], environ: Mapping[str, str]) -> int:
     """Which of the machines this is: FD_HOST_IP, or the one whose address can be bound here. Raises ConfigError."""
     if len(hosts) == 1:

@@ -91,7 +91,8 @@ class Exchange:
         """Send the request to servers that have not failed it. Called again for every attempt."""
         placer, request = self._proxy.placer, self._request
         try:
-            placement = placer.place(self._figures, request.received_s, self._tried)
+            is_begun = self._split is not None and self._split.is_begun
+            placement = placer.place(self._figures, request.received_s, self._tried, is_begun)
         except InvalidRequest as exc:
             self._answer(exc.status, str(exc))
             return

@@ -136,7 +136,7 @@ class RouterMetrics:
         placer, decisions = self._placer, {}
         if isinstance(placer, PairPlacer):
             decisions = {"pair": placer.n_pairs, "short": placer.n_short, "cached": placer.n_cached}
-            decisions["failed"] = placer.n_failed
+            decisions |= {"failed": placer.n_failed, "begun": placer.n_begun}
         return msgspec.structs.replace(self._seen, servers=servers, counts=counts, decisions=decisions)
 
 

@@ -56,8 +56,13 @@ class Placer(Protocol):
     def tidy(self, now_s: float) -> None:
         """Forget what is old; called now and then."""
 
-    def place(self, figures: PromptFigures, now_s: float, tried: Collection[str]) -> Placement | None:
-        """Choose; None when nobody is there. Raises `InvalidRequest` when the servers that are do not fit together."""
+    def place(
+        self, figures: PromptFigures, now_s: float, tried: Collection[str], is_begun: bool = False
+    ) -> Placement | None:
+        """Choose; None when nobody is there. Raises `InvalidRequest` when the servers that are do not fit together.
+
+        is_begun: the request comes with the beginning of its answer, and one server does the whole rest.
+        """
 
 
 class MixedPlacer:
@@ -75,7 +80,9 @@ class MixedPlacer:
         """See `Placer`."""
         return bool(self._registry.available_without(tried))
 
-    def place(self, figures: PromptFigures, now_s: float, tried: Collection[str]) -> Placement | None:
+    def place(
+        self, figures: PromptFigures, now_s: float, tried: Collection[str], is_begun: bool = False
+    ) -> Placement | None:
         """See `Placer`."""
         servers = self._registry.available_without(tried)
         if not servers:
@@ -88,8 +95,8 @@ class MixedPlacer:
 
 
 class PairPlacer:
-    """A prefill server by its policy and a decode server by another; or decode alone where a transfer does not pay, or
-    no prefill server is left that has not failed the request.
+    """A prefill server by its policy and a decode server by another; or decode alone where a transfer does not pay, the
+    answer has begun already, or no prefill server is there that has not failed the request.
 
     The counters say how often which was decided.
     """
@@ -105,20 +112,25 @@ class PairPlacer:
         self._seen = PrefixIndex(scheduler.cache_block_size, scheduler.eviction_duration_mins * 60)
         self.policies: Sequence[Policy] = (self._prefill, self._decode)
         self.wants_text = self._min_tokens > 0 or any(policy.needs_text for policy in self.policies)
-        self.n_pairs = self.n_short = self.n_cached = self.n_failed = 0
+        self.n_pairs = self.n_short = self.n_cached = self.n_failed = self.n_begun = 0
 
     def can_place(self, tried: Collection[str]) -> bool:
-        """See `Placer`. Where all prefill servers have failed a request, a decode server is enough."""
+        """See `Placer`. Without a prefill server a decode server is enough."""
         return bool(self._registry.available_without(tried, "decode"))
 
-    def place(self, figures: PromptFigures, now_s: float, tried: Collection[str]) -> Placement | None:
+    def place(
+        self, figures: PromptFigures, now_s: float, tried: Collection[str], is_begun: bool = False
+    ) -> Placement | None:
         """See `Placer`."""
         decodes = self._registry.available_without(tried, "decode")
+        if is_begun and decodes:
+            self.n_begun += 1
+            return Placement(_chosen(self._decode, decodes, figures, now_s))
         alone = self._alone(decodes, figures, now_s) if self._min_tokens and decodes else None
         if alone is not None:
             return Placement(alone)
         prefills = self._registry.available_without(tried, "prefill")
-        if not decodes or not (prefills or tried):
+        if not decodes:
             return None
         if not prefills:
             self.n_failed += 1
@@ -197,6 +209,12 @@ class SplitBody:
         self._members.pop("disaggregate_info", None)  # that is for the router to say
         self.request_id = given if isinstance(given, str) and given else default_id
         self.completion_token_ids: list[int] = []
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether it comes with tokens of its answer, from the client or from a server that gave it up."""
+        given = bytes(self._members.get("completion_token_ids", b"")).strip()
+        return bool(self.completion_token_ids) or given not in (b"", b"null", b"[]")
 
     def written(self, placement: Placement, n_retries: int) -> bytes:
         """The body for a placement; every retry has an id of its own, as the one before may still be ending."""

@@ -2,7 +2,10 @@
 
 How a token is drawn: inverse of the cumulative distribution, in vocabulary order, at one uniform number per (seed,
 output position), see `sampling_state.counter_uniforms`. The outcome depends on the row's own logits and parameters, not
-on the batch, on chunking, preemption or steps ahead. Each token has its float32 softmax weight (about 1e-6 relative);
+on the batch, on chunking, preemption or steps ahead. The logits themselves do differ in their last digits with the
+number of rows computed together. That moves a draw where a border between two tokens is so near: seldom with top-k, but
+in a flat distribution over a whole vocabulary, which has thousands of borders, a long seeded answer may take another
+way in another batch. Each token has its float32 softmax weight (about 1e-6 relative);
 weights are added up in float64, first per block of 1024 and then inside the block drawn, so which token is found is off
 by at most 1e-15 of the total mass, and a token of weight 0 is never found.
 

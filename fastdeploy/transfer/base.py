@@ -122,6 +122,7 @@ TRANSPORTS = {
     "shm": "shm:ShmTransport",
     "tcp": "tcp:TcpTransport",
     "nixl": "nixl:NixlTransport",
+    "cuda_ipc": "cuda_ipc:CudaIpcTransport",
 }
 
 

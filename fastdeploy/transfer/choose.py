@@ -49,8 +49,8 @@ def offered_names(protocols: Sequence[str], device: str, has_nixl: bool) -> list
     has_nixl: what `nixl_usable` says.
     """
     names = []
-    if "ipc" in protocols and device == "cpu":
-        names.append("shm")
+    if "ipc" in protocols:
+        names.append("shm" if device == "cpu" else "cuda_ipc")
     if "rdma" in protocols:
         if has_nixl:
             names.append("nixl")
@@ -66,7 +66,9 @@ def choose(protocols: Sequence[str], me: Endpoint, peer: Endpoint) -> str:
     """
     both = [name for name in me.transports if name in peer.transports]
     same_machine = me.machine == peer.machine
-    order = (["shm"] if same_machine and "ipc" in protocols else []) + (["nixl", "tcp"] if "rdma" in protocols else [])
+    order = (["shm", "cuda_ipc"] if same_machine and "ipc" in protocols else []) + (
+        ["nixl", "tcp"] if "rdma" in protocols else []
+    )
     for name in order:
         if name in both:
             return name

@@ -38,7 +38,7 @@ class Machine:
 
         def run() -> None:
             try:
-                self._enter()
+                self.enter()
                 found.append(function())
             except BaseException as error:
                 errors.append(error)
@@ -54,7 +54,8 @@ class Machine:
         """Pull the cable out here, or put it back."""
         ip("-n", self.namespace, "link", "set", self.device, "up" if connected else "down")
 
-    def _enter(self) -> None:
+    def enter(self) -> None:
+        """This thread, and what it starts from now on, is on this machine."""
         fd = os.open(Path("/run/netns") / self.namespace, os.O_RDONLY)
         libc = ctypes.CDLL(None, use_errno=True)
         try:
@@ -74,14 +75,15 @@ def two_machines() -> Iterator[tuple[Machine, Machine]]:
     """Two namespaces that reach each other and nothing else. Skips the test where they cannot be made."""
     with ExitStack() as made:
         try:
-            machines = _connected(made)
+            machines = connected(made)
         except (OSError, subprocess.CalledProcessError) as error:
             detail = getattr(error, "stderr", "") or error
             pytest.skip(f"needs root and the command ip (iproute2) to make network namespaces: {detail}")
         yield machines
 
 
-def _connected(made: ExitStack) -> tuple[Machine, Machine]:
+def connected(made: ExitStack) -> tuple[Machine, Machine]:
+    """The same, gone when `made` closes. Raises OSError or CalledProcessError where they cannot be made."""
     number = os.getpid()
     first, second = (Machine(f"fd{number}{c}", f"fd{number}{c}", f"10.77.0.{i}") for i, c in enumerate("ab", 1))
     for machine in (first, second):

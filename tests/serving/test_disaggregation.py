@@ -138,6 +138,10 @@ def test_an_answer_that_was_begun_elsewhere(mixed: Server, pair: Pair) -> None:
             (found,) = choices(answer)
             assert (found["completion_token_ids"], found["text"]) == (whole["completion_token_ids"], whole["text"])
             assert answer.json()["usage"]["completion_tokens"] == 12
+        n_computed = pair.prefill.metric("request_success_total")
+        dropped = pair.prefill.complete(**wanted, **at_decode, completion_token_ids=known)
+        assert choices(dropped)[0]["completion_token_ids"] == [], "the prefill server has nothing to do"
+        assert pair.prefill.metric("request_success_total") == n_computed
     for bad in ({"n": 2}, {"logprobs": 1}, {"max_tokens": 5}, {"prompt": PROMPTS[:2]}):
         refused = mixed.complete(**{**wanted, **bad}, completion_token_ids=[5, 6, 7, 8, 9])
         assert refused.status_code == 400

@@ -106,14 +106,20 @@ class Owner:
 
 
 def serve(
-    layout: PageLayout, names: Sequence[str], owner: str, seed: int = 1, host: str = "127.0.0.1", port: int = 0
+    layout: PageLayout,
+    names: Sequence[str],
+    owner: str,
+    seed: int = 1,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    device: str = "cpu",
 ) -> None:
     """Offer pages until stdin ends."""
-    memory = allocate_pages(layout, torch.device("cpu"), owner, shared="shm" in names)
+    memory = allocate_pages(layout, torch.device(device), owner, shared="shm" in names)
     fill(memory, seed)
     transports = {name: make_transport(name, memory, owner, host, port) for name in names}
     offers = {name: transport.offer() for name, transport in transports.items()}
-    say(msgspec.msgpack.encode(Endpoint(owner, host, machine_id(), "cpu", layout, offers)))
+    say(msgspec.msgpack.encode(Endpoint(owner, host, machine_id(), memory.pages.device.type, layout, offers)))
     for line in sys.stdin:
         say(obey(memory, owner, json.loads(line)))
     for transport in transports.values():
@@ -128,6 +134,7 @@ def obey(memory: PageMemory, owner: str, command: dict[str, Any]) -> bytes:
             return msgspec.msgpack.encode(PageSet(owner=owner, checks=checks, **command))
         case "spoil":
             memory.pages[command["layer"], command["page"], -8] ^= 1
+            memory.pages[command["layer"], command["page"], -8].item()  # a GPU has done it then
             return b""
         case other:
             raise ValueError(other)

@@ -83,6 +83,9 @@ def test_memory_of_the_same_machine_first_then_rdma_then_tcp() -> None:
     assert choose(both, me, endpoint("b", "shm", "nixl", "tcp")) == "nixl"
     assert choose(both, me, endpoint("b", "shm", "tcp")) == "tcp"
     assert choose(parse_protocols("rdma"), me, endpoint("a", "shm", "tcp")) == "tcp"
+    gpu = endpoint("a", "cuda_ipc", "nixl")
+    assert choose(both, gpu, endpoint("a", "cuda_ipc", "nixl")) == "cuda_ipc"
+    assert choose(both, gpu, endpoint("b", "cuda_ipc", "nixl")) == "nixl"
     with pytest.raises(TransferUnavailable, match=r"10\.0\.0\.7 \(on another machine\).*add rdma to --cache-transfer"):
         choose(parse_protocols("ipc"), me, endpoint("b", "shm", "tcp"))
 
@@ -90,8 +93,8 @@ def test_memory_of_the_same_machine_first_then_rdma_then_tcp() -> None:
 def test_what_a_rank_offers() -> None:
     assert offered_names(("ipc", "rdma"), "cpu", has_nixl=False) == ["shm", "tcp"]
     assert offered_names(("ipc", "rdma"), "cpu", has_nixl=True) == ["shm", "nixl", "tcp"]
-    assert offered_names(("rdma", "ipc"), "cuda", has_nixl=True) == ["nixl"]
-    assert offered_names(("ipc",), "cuda", has_nixl=True) == []
+    assert offered_names(("rdma", "ipc"), "cuda", has_nixl=True) == ["cuda_ipc", "nixl"]
+    assert offered_names(("rdma",), "cuda", has_nixl=False) == []
 
 
 @pytest.mark.parametrize("flag", ["", "rdma,", "tcp", "ipc;rdma", "RDMA"])

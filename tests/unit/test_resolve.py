@@ -13,8 +13,9 @@ from fastdeploy.config import resolve as resolve_module
 from fastdeploy.config.admission import resolve_admission
 from fastdeploy.config.args import EngineArgs, ServerArgs
 from fastdeploy.config.hardware import CudaDevice, cuda_devices, memory_bytes, n_usable_cpus
+from fastdeploy.config.parallel import served_devices
 from fastdeploy.config.resolve import resolve, resolve_all, resolve_server
-from fastdeploy.config.schema import EngineConfig
+from fastdeploy.config.schema import EngineConfig, ParallelConfig
 from fastdeploy.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(60)
@@ -370,3 +371,10 @@ def test_hardware_is_found_without_torch() -> None:
         assert device.name
         assert device.memory_bytes > 2**30
         assert device.capability >= (3, 0)
+
+
+def test_which_gpus_a_server_registers() -> None:
+    second = ParallelConfig(tensor=2, data=4, data_rank=3, serves=(3,), hosts=("10.0.0.1", "10.0.0.2"))
+    assert served_devices(second, {}) == ("2", "3")
+    assert served_devices(second, {"CUDA_VISIBLE_DEVICES": "4,5,6,GPU-7"}) == ("6", "GPU-7")
+    assert served_devices(ParallelConfig(data=2, serves=(0, 1)), {"CUDA_VISIBLE_DEVICES": ""}) == ("0", "1")

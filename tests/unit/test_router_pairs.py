@@ -112,6 +112,11 @@ def test_roles_and_numbers() -> None:
             await run.register(decode, role="decode", tp_size=2)
             status, _, answer = await run.ask()
             assert (status, "tensor parallel sizes" in json.loads(answer)["error"]["message"]) == (400, True)
+            await run.register(decode, role="decode")
+            await run.register(prefill, role="prefill", is_paused=True)
+            status, _, answer = await run.ask()
+            assert (status, json.loads(answer)["from"]) == (200, "D"), "decode does it all"
+            await run.register(prefill, role="prefill")
             await run.register(decode, role="decode", is_paused=True)
             status, _, answer = await run.ask()
             assert (status, "prefill/decode" in json.loads(answer)["error"]["message"]) == (503, True)
@@ -260,10 +265,15 @@ def test_what_decode_gives_up_is_placed_again() -> None:
     gives_up = says("D", error={"message": "PD Error: preempted"})
 
     async def main() -> None:
-        async with running(says("P"), gives_up_once, roles=PAIR) as (run, (_, decode)):
+        async with running(says("P"), gives_up_once, roles=PAIR) as (run, (prefill, decode)):
             assert json.loads((await run.ask(body=b'{"prompt": "x", "request_id": "r"}'))[2])["n"] == 2
             again = json.loads(decode.requests[1]["body"])
             assert (again["request_id"], again["completion_token_ids"]) == ("r-retry1", [5, 6])
+            assert "disaggregate_info" not in again, "one server does the rest"
+            await run.ask(body=b'{"prompt": "x", "completion_token_ids": [5]}')
+            assert "disaggregate_info" not in json.loads(decode.requests[2]["body"])
+            assert prefill.n_asked == 1
+            assert b'router_pd_decisions_total{decision="begun"} 2.0' in (await run.ask("GET", b"/metrics", b""))[2]
         pairs = PairSettings(preempt_retry_count=2, preempt_retry_exclude_decode=True)
         async with running(says("P"), gives_up, roles=PAIR, pairs=pairs) as (run, (_, decode)):
             assert b"PD Error" in (await run.ask())[2], "in the end the client is told"

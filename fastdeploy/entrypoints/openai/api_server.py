@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from fastdeploy.config.admission import resolve_admission
 from fastdeploy.config.args import EngineArgs, ServerArgs
 from fastdeploy.config.flags import build_parser
+from fastdeploy.config.parallel import served_devices
 from fastdeploy.config.resolve import log_dir, resolve_all, resolve_server
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.entrypoints.supervise.announce import Announce, Bound, Up, tell_nobody
@@ -143,6 +144,7 @@ async def _serve(
                 lambda: state.health() is None,
                 role=transfer.role,
                 tp_size=config.parallel.tensor,
+                device_ids=served_devices(config.parallel, os.environ) if config.model.device == "cuda" else (),
                 connector_port=ports[0] if ports else None,
                 transfer_protocol=transfer.protocols if ports else (),
                 rdma_ports=transfer.rank_ports,

@@ -8,7 +8,7 @@ from fastdeploy.entrypoints.openai.events import ChunkForm
 from fastdeploy.entrypoints.openai.job import Job
 from fastdeploy.entrypoints.openai.known_output import known_output
 from fastdeploy.entrypoints.openai.logprobs import chat_logprobs
-from fastdeploy.entrypoints.openai.pairing import pairing_of
+from fastdeploy.entrypoints.openai.pairing import is_left_to_decode, pairing_of
 from fastdeploy.entrypoints.openai.prompts import chat_prompt
 from fastdeploy.entrypoints.openai.responses import ChatChoice, ChatCompletion, ChatLogprobs, ChatMessage
 from fastdeploy.entrypoints.openai.sampling import chat_params, check_model, check_n_answers, refuse_unsupported
@@ -53,6 +53,7 @@ async def accept(
         stream=bool(request.stream),
         return_token_ids=bool(request.return_token_ids),
         pairing=pairing_of(request, state.config),
+        is_left_to_decode=is_left_to_decode(request, state.config),
         tokens_per_chunk=request.max_streaming_response_tokens or 1,
     )
     job.output_ids = known_output(request, job, state.config.model.shape.vocab_size)

@@ -8,7 +8,7 @@ from fastdeploy.entrypoints.openai.events import ChunkForm
 from fastdeploy.entrypoints.openai.job import Job
 from fastdeploy.entrypoints.openai.known_output import known_output
 from fastdeploy.entrypoints.openai.logprobs import CompletionLogprobsWriter
-from fastdeploy.entrypoints.openai.pairing import pairing_of
+from fastdeploy.entrypoints.openai.pairing import is_left_to_decode, pairing_of
 from fastdeploy.entrypoints.openai.prompts import completion_prompts
 from fastdeploy.entrypoints.openai.responses import Completion, CompletionChoice, CompletionLogprobs
 from fastdeploy.entrypoints.openai.sampling import check_model, check_n_answers, completion_params, refuse_unsupported
@@ -44,6 +44,7 @@ async def accept(
         stream=bool(request.stream),
         return_token_ids=bool(request.return_token_ids),
         pairing=pairing_of(request, state.config),
+        is_left_to_decode=is_left_to_decode(request, state.config),
         tokens_per_chunk=request.max_streaming_response_tokens or 1,
         prompt_only=request.max_tokens == 0,
     )

@@ -14,14 +14,15 @@ from fastdeploy.entrypoints.openai.responses import CompletionTokensDetails, Pro
 from fastdeploy.entrypoints.openai.schema import StreamOptions
 from fastdeploy.entrypoints.openai.state import LiveRequest
 from fastdeploy.errors import RequestError
+from fastdeploy.frontend.generation import ChoiceDelta
 from fastdeploy.sampling_params import SamplingParams
 from fastdeploy.wire.messages import Pairing
 
 if TYPE_CHECKING:
-    from fastdeploy.frontend.generation import ChoiceDelta, Generator
+    from fastdeploy.frontend.generation import Generator
 
 # What one engine step brought to one prompt: the prompt's position in the request, and its deltas.
-Step = tuple[int, "list[ChoiceDelta]"]
+Step = tuple[int, list[ChoiceDelta]]
 
 
 class GenerationFailed(RequestError):
@@ -48,6 +49,7 @@ class Job:
     tokens_per_chunk: int = 1
     prompt_only: bool = False  # the client wants the prompt's log-probabilities and no output
     pairing: Pairing | None = None
+    is_left_to_decode: bool = False  # another server computes all of it; whoever asked drops this one's answer
     output_ids: list[int] = field(default_factory=list)  # the answer begins with them
     created_s: float = field(default_factory=time.time)
     n_completion_tokens: int = 0
@@ -87,6 +89,10 @@ class Job:
 
         Raises `GenerationFailed` when the engine gives up one of the answers.
         """
+        if self.is_left_to_decode:
+            self.finish_reasons.append("length")
+            yield 0, [ChoiceDelta(0, "", [], None, "length", None, None, 0, None, None)]
+            return
         streams = [
             generator.generate(engine_id, prompt.ids, params, self.pairing, self.dp_rank, self.output_ids)
             for engine_id, prompt, params in zip(live.engine_ids, self.prompts, self.params, strict=True)

@@ -32,3 +32,9 @@ def pairing_of(request: GenerationRequest, config: EngineConfig) -> Pairing | No
             f"disaggregate_info.prefill_connector_port {text!r}: must be in 1..65535", "disaggregate_info"
         )
     return None if request.completion_token_ids else Pairing(role, info.prefill_ip, int(text))
+
+
+def is_left_to_decode(request: GenerationRequest, config: EngineConfig) -> bool:
+    """Whether this is the prefill half of a pair that has nothing to do: decode finishes an answer that was begun."""
+    begun = request.disaggregate_info is not None and bool(request.completion_token_ids)
+    return begun and config.transfer.role == "prefill"
