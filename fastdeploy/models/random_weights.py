@@ -66,8 +66,7 @@ class _RandomTensor:
 
     @torch.inference_mode()
     def as_fp8(self) -> None:
-        """None: random numbers are in no such form."""
-        return None
+        """Random numbers are in no such form."""
 
     def read(self, rows: slice | None = None, columns: slice | None = None) -> Tensor:
         cuts = [part or slice(None) for part in (rows, columns)[: len(self.shape)]]
