@@ -16,7 +16,8 @@ from fastdeploy.layers.placement import Placement
 from fastdeploy.layers.rotary import pairs_side_by_side
 from fastdeploy.models.checkpoint import Checkpoint
 from fastdeploy.models.fp8_blocks import read_blocks
-from fastdeploy.models.weights import RandomWeights, WeightSource
+from fastdeploy.models.random_weights import RandomWeights
+from fastdeploy.models.weights import WeightSource
 from tests.tiny_models import load_tensors, quantise_blocks, write_checkpoint
 
 pytestmark = pytest.mark.timeout(60)
