@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -73,9 +74,17 @@ class Group(Process):
         """Neither a process nor a port."""
         wait_for(lambda: not self.alive(), seconds, "every process to end")
         assert list(self.tmp.iterdir()) == []
+        # A process counts as ended with its first thread; the others may hold its sockets a moment longer.
         for url in (*self.urls, *self.metrics_urls):
-            with pytest.raises(ConnectionError):
-                socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=5).close()
+            wait_for(partial(_refuses, int(url.rpartition(":")[2])), seconds, f"{url} to be free")
+
+
+def _refuses(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except ConnectionError:
+        return True
+    return False
 
 
 @contextmanager
