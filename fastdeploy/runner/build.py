@@ -83,9 +83,11 @@ def build_runner(
         balancer = ExpertBalancer(model.sparse_layers(), group, config.eplb) if config.eplb else None
     joined = time.monotonic()
     # Ranks of one machine share its memory, but each has a GPU of its own.
-    n_sharing = topology.ranks_per_host(parallel) if place.device.type == "cpu" else 1
-    n_free, n_total = free_bytes(place.device) // n_sharing, total_bytes(place.device) // n_sharing
-    n_pages = choose_n_pages(config, backend.page_bytes(), n_free, n_total)
+    on_cpu = place.device.type == "cpu"
+    n_sharing = topology.ranks_per_host(parallel) if on_cpu else 1
+    n_free, n_total = free_bytes(place.device), total_bytes(place.device)
+    n_most = n_total if on_cpu else n_free  # a CPU's page takes memory once it is used
+    n_pages = choose_n_pages(config, backend.page_bytes(), n_free // n_sharing, n_total // n_sharing, n_most)
     shared, owner = None, uuid.uuid4().hex
     if config.transfer.role != "mixed":
         shared = allocate_pages(page_layout(config, where, n_pages), place.device, owner, shared=True)

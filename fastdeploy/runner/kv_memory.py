@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
 from fastdeploy.config.schema import EngineConfig
 from fastdeploy.errors import ConfigError
+
+log = logging.getLogger("fastdeploy.rank")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -28,19 +31,21 @@ def total_bytes(device: torch.device) -> int:
     return _meminfo_bytes("MemTotal")
 
 
-def choose_n_pages(config: EngineConfig, page_bytes: int, n_free: int, n_total: int) -> int:
+def choose_n_pages(config: EngineConfig, page_bytes: int, n_free: int, n_total: int, n_most: int) -> int:
     """Pages to allocate: `--num-gpu-blocks-override`, or what `--gpu-memory-utilization` leaves.
 
-    A CPU never takes more than all slots at full length need. Raises ConfigError with bytes and flag when too few fit.
+    Of bytes, `n_free` and `n_total` are this rank's share; `n_most` is what a number asked for may take. A CPU never
+    takes more than all slots at full length need. Raises ConfigError with bytes and flag when too few fit.
     """
     cache, model = config.cache, config.model
     n_full_length = -(-model.max_model_len // cache.page_tokens) * config.scheduler.max_seqs
     if cache.n_pages is not None:
-        if cache.n_pages * page_bytes > n_free:
-            raise ConfigError(
-                f"--num-gpu-blocks-override {cache.n_pages}: these pages take {cache.n_pages * page_bytes:,} bytes "
-                f"({page_bytes:,} each), {n_free:,} are free; at most {n_free // page_bytes} fit"
-            )
+        n_bytes = cache.n_pages * page_bytes
+        taken = f"--num-gpu-blocks-override {cache.n_pages}: these pages take {n_bytes:,} bytes ({page_bytes:,} each)"
+        if n_bytes > n_most:
+            raise ConfigError(f"{taken}, there are {n_most:,}; at most {n_most // page_bytes} fit")
+        if n_bytes > n_free:
+            log.warning("%s once all are used, this rank's share of what is free is %s", taken, f"{n_free:,}")
         return cache.n_pages
     budget = int(n_free - n_total * (1 - cache.memory_fraction))
     n_pages = budget // page_bytes
