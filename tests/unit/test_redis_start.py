@@ -8,9 +8,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 from prometheus_client import CollectorRegistry
+from redis import Redis
+from redis.exceptions import RedisError
 
 from fastdeploy.admission.link import RedisLink
 from fastdeploy.admission.metrics import AdmissionMetrics
+from fastdeploy.admission.private_redis import PrivateRedis
 from fastdeploy.config.admission import resolve_admission
 from fastdeploy.config.args import EngineArgs
 from fastdeploy.errors import ConfigError
@@ -125,3 +128,20 @@ def test_a_new_enough_one_is_taken() -> None:
             await link.close()
 
     asyncio.run(main())
+
+
+def test_a_private_one_without_password() -> None:
+    with PrivateRedis(has_password=False) as server:
+        assert "--scheduler-password" not in server.flags
+        with Redis(server.host, server.port, socket_timeout=5.0) as client:
+            assert client.ping()
+
+
+def test_a_private_one_asks_for_its_password() -> None:
+    with PrivateRedis() as server:
+        assert server.flags[-1] == server.password
+        with (
+            Redis(server.host, server.port, socket_timeout=5.0) as client,
+            pytest.raises(RedisError, match="authenticated"),
+        ):
+            client.ping()
