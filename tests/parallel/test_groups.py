@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import rank_calls
 import torch
+from processes import wait_for
 from rank_processes import RankProcesses, State
 
 from fastdeploy.config.schema import ParallelConfig
@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 FOUR = ParallelConfig(data=2, tensor=2, expert=True)
 
 
-def meet_forever(state: State, name: str) -> None:
-    """Exchange rows until something goes wrong."""
+def meet_forever(state: State, name: str, begun: Path) -> None:
+    """Exchange rows until something goes wrong; the file `begun` is there after the first time."""
     from fastdeploy.distributed.all_to_all.base import ExpertRows, make_all_to_all
     from fastdeploy.layers.moe.gate import Routing
 
@@ -31,6 +31,7 @@ def meet_forever(state: State, name: str) -> None:
     while True:
         sent = all_to_all.dispatch(x_tH, routing, (1,) * state["group"].where.group_size)
         all_to_all.combine(sent.x_rH, sent)
+        begun.touch()
 
 
 def listening(state: State) -> list[str]:
@@ -84,13 +85,13 @@ def test_only_the_loopback_interface_is_used(ranks: RankProcesses) -> None:
 
 
 @pytest.mark.parametrize("name", ["shm", "gloo"])
-def test_a_rank_that_dies_ends_the_others(name: str) -> None:
+def test_a_rank_that_dies_ends_the_others(name: str, tmp_path: Path) -> None:
     mortal = RankProcesses()
     try:
         rank_calls.make_group(mortal, ParallelConfig(data=3, expert=True))
         for i in range(3):
-            mortal.send(i, meet_forever, name)
-        time.sleep(1.0)
+            mortal.send(i, meet_forever, name, tmp_path / str(i))
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 3, what="all ranks to exchange rows")
         os.kill(mortal.processes[2].pid or 0, signal.SIGKILL)
         for i in range(2):
             ok, text = mortal.result(i)
