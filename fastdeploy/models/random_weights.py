@@ -64,10 +64,10 @@ class _RandomTensor:
     dtype: torch.dtype
     device: torch.device
 
-    @torch.inference_mode()
     def as_fp8(self) -> None:
         """Random numbers are in no such form."""
 
+    @torch.inference_mode()
     def read(self, rows: slice | None = None, columns: slice | None = None) -> Tensor:
         cuts = [part or slice(None) for part in (rows, columns)[: len(self.shape)]]
         begins, ends, _ = zip(*(cut.indices(n) for cut, n in zip(cuts, self.shape, strict=True)), strict=True)

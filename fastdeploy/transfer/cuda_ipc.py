@@ -8,13 +8,9 @@ it. As the driver cannot map memory read-only, it is this file that never writes
 from __future__ import annotations
 
 import os
-import select
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import torch
@@ -22,12 +18,11 @@ from torch import Tensor
 
 from fastdeploy.errors import PeerGone, TransferUnavailable
 from fastdeploy.transfer.base import Endpoint, PageSet
-from fastdeploy.transfer.checks import expected_checks, verify
 from fastdeploy.transfer.cuda_driver import HANDLE_BYTES, CudaError, close_shared, open_shared, share
-from fastdeploy.transfer.layout import SharedHeads, shared_heads
-from fastdeploy.transfer.ledger import Ledger
-from fastdeploy.transfer.memory import PageMemory, copy_pages, words_of
-from fastdeploy.transfer.pool import PoolPull, PullPool, Stop
+from fastdeploy.transfer.layout import SharedHeads
+from fastdeploy.transfer.mapped import MappedPeer, MappedTransport, open_process
+from fastdeploy.transfer.memory import PageMemory
+from fastdeploy.transfer.pool import Stop
 
 _PIECE_BYTES = 64 << 20  # copied between two looks at the deadline: a millisecond or less
 
@@ -44,26 +39,15 @@ class IpcAddress(msgspec.Struct, frozen=True, array_like=True):
     offset: int
 
 
-@dataclass(eq=False, slots=True)
-class IpcPeer:
-    """Implements Peer. `process` is a pidfd, `start` the mapped allocation, `pages` those of the peer, which this
-    process's device can read: uint8 [n_layers, n_pages, page_bytes]."""
-
-    endpoint: Endpoint
-    heads: SharedHeads
-    process: int
-    start: int
-    pages: Tensor
-
-
-class CudaIpcTransport:
+class CudaIpcTransport(MappedTransport):
     """Implements Transport. Raises TransferUnavailable when the pages are on no GPU, or cannot be shared."""
 
     def __init__(self, memory: PageMemory, owner: str, host: str, port: int) -> None:
         del owner, host, port
         if memory.pages.device.type != "cuda":
             raise TransferUnavailable("cuda_ipc: the KV pages of this rank are not on a GPU")
-        self._memory, self._device = memory, memory.pages.device
+        super().__init__(memory, "cuda_ipc", _PIECE_BYTES)
+        self._device = memory.pages.device
         with torch.cuda.device(self._device):
             try:
                 handle, offset = share(memory.pages.data_ptr())
@@ -74,63 +58,27 @@ class CudaIpcTransport:
                 ) from error
         self._address = IpcAddress(os.getpid(), _started(os.getpid()), handle, offset)
         self._streams = threading.local()
-        self._pool = PullPool(Ledger(memory.layout), "cuda-ipc")
-        self._peers: dict[str, IpcPeer] = {}
 
     def offer(self) -> bytes:
         return msgspec.msgpack.encode(self._address)
 
-    def connect(self, peer: Endpoint) -> IpcPeer:
-        known = self._peers.get(peer.owner)
-        if known is not None:
-            self._check_alive(known)
-            return known
-        heads = shared_heads(self._memory.layout, peer.layout)
+    def _map(self, peer: Endpoint, heads: SharedHeads) -> MappedPeer:
         try:
             address = msgspec.msgpack.decode(peer.transports["cuda_ipc"], type=IpcAddress)
         except (KeyError, msgspec.DecodeError) as error:
             raise TransferUnavailable(f"cuda_ipc: {peer.host} offers no address for it: {error!r}") from error
         if len(address.handle) != HANDLE_BYTES or address.offset < 0:
             raise TransferUnavailable(f"cuda_ipc: the address that {peer.host} offers is none")
-        process = _open_process(address, peer)
+        process = open_process("cuda_ipc", address.process_id, peer)
         try:
-            connected = IpcPeer(peer, heads, process, *self._map(address, peer))
+            _check_same(address, peer)
+            start, pages = self._open(address, peer)
+            return MappedPeer(peer, heads, process, pages, partial(self._close, start))
         except BaseException:
             os.close(process)
             raise
-        self._peers[peer.owner] = connected
-        self._check_alive(connected)  # it lived when its memory was mapped
-        return connected
 
-    def pull(self, peer: IpcPeer, source: PageSet, page_ids: Sequence[int], deadline_s: float) -> PoolPull:
-        self._check_alive(peer)
-        targets = list(page_ids)
-        return self._pool.start(peer, source, targets, deadline_s, partial(self._copy, peer, source, targets))
-
-    def poll(self, pull: PoolPull) -> Literal["pending", "done"]:
-        return self._pool.poll(pull)
-
-    def cancel(self, pull: PoolPull) -> None:
-        self._pool.cancel(pull)
-
-    def forget(self, request_id: str) -> None:
-        self._pool.ledger.forget(request_id)
-
-    def disconnect(self, peer: IpcPeer) -> None:
-        if self._peers.pop(peer.endpoint.owner, None) is None:
-            return
-        self._pool.cancel_of(peer)
-        peer.pages = torch.empty(0, dtype=torch.uint8)
-        os.close(peer.process)
-        with torch.cuda.device(self._device):
-            close_shared(peer.start)
-
-    def close(self) -> None:
-        for peer in list(self._peers.values()):
-            self.disconnect(peer)
-        self._pool.close()
-
-    def _map(self, address: IpcAddress, peer: Endpoint) -> tuple[int, Tensor]:
+    def _open(self, address: IpcAddress, peer: Endpoint) -> tuple[int, Tensor]:
         layout = peer.layout
         try:
             with torch.cuda.device(self._device):
@@ -148,34 +96,14 @@ class CudaIpcTransport:
         flat = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
         return start, flat.view(layout.n_layers, layout.n_pages, layout.page_bytes)
 
-    def _check_alive(self, peer: IpcPeer) -> None:
-        if peer.pages.numel():  # else it was disconnected
-            poll = select.poll()
-            poll.register(peer.process, select.POLLIN)
-            if not poll.poll(0):
-                return
-            self.disconnect(peer)
-        raise PeerGone(
-            f"cuda_ipc: the rank whose pages were to be read has ended or was disconnected ({peer.endpoint.host})"
-        )
+    def _close(self, start: int) -> None:
+        with torch.cuda.device(self._device):
+            close_shared(start)
 
-    def _copy(self, peer: IpcPeer, source: PageSet, targets: list[int], stop: Stop) -> None:
-        """Copy and check piece by piece, on a thread of the pool and a stream of that thread."""
-        layout, heads, theirs, pages = self._memory.layout, peer.heads, peer.endpoint.layout, peer.pages
-        expected_lnh = expected_checks(source, theirs.n_kv_heads, heads)
-        n_piece = max(1, _PIECE_BYTES // layout.page_bytes)
+    def _copy(self, peer: MappedPeer, source: PageSet, targets: list[int], stop: Stop) -> None:
+        """On a stream of the thread's own."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream()):
-            from_ids, to_ids = (torch.tensor(ids, device=self._device) for ids in (source.page_ids, targets))
-            for index in range(source.n_layers):
-                layer = source.first_layer + index
-                from_p2hW = words_of(pages[layer], theirs)[:, :, heads.first_theirs :][:, :, : heads.n_heads]
-                to_p2hW = self._memory.heads(layer, heads.first_mine, heads.n_heads)
-                for first in range(0, len(targets), n_piece):
-                    stop.check()
-                    piece = slice(first, first + n_piece)
-                    found_nh = copy_pages(from_p2hW, from_ids[piece], to_p2hW, to_ids[piece])
-                    host = peer.endpoint.host  # verify waits for the copy
-                    verify(found_nh, expected_lnh[index, piece], source, layer, source.page_ids[piece], host)
+            super()._copy(peer, source, targets, stop)
 
     def _stream(self) -> torch.cuda.Stream:
         stream: torch.cuda.Stream | None = getattr(self._streams, "mine", None)
@@ -184,23 +112,14 @@ class CudaIpcTransport:
         return stream
 
 
-def _open_process(address: IpcAddress, peer: Endpoint) -> int:
-    try:
-        process = os.pidfd_open(address.process_id)
-    except ProcessLookupError as error:
-        raise PeerGone(f"cuda_ipc: process {address.process_id} of {peer.host} has ended") from error
-    except OSError as error:
-        raise TransferUnavailable(
-            f"cuda_ipc: process {address.process_id} of {peer.host} cannot be opened: {error}"
-        ) from error
+def _check_same(address: IpcAddress, peer: Endpoint) -> None:
+    """Raises PeerGone when the process of that number, which is held open, is not the one that told the address."""
     try:
         is_same = _started(address.process_id) == address.started
     except OSError:
         is_same = False
     if not is_same:
-        os.close(process)
         raise PeerGone(f"cuda_ipc: process {address.process_id} of {peer.host} is another one by now")
-    return process
 
 
 def _started(process_id: int) -> int:

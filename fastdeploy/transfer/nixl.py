@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import torch
@@ -25,10 +25,9 @@ from fastdeploy.errors import PeerGone, TransferUnavailable
 from fastdeploy.transfer.base import Endpoint, PageSet
 from fastdeploy.transfer.checks import expected_checks, verify
 from fastdeploy.transfer.layout import WORD_BYTES, SharedHeads, head_runs, shared_heads
-from fastdeploy.transfer.ledger import Ledger
 from fastdeploy.transfer.machine import rdma_devices
 from fastdeploy.transfer.memory import PageMemory, copy_pages
-from fastdeploy.transfer.pool import N_THREADS, PoolPull, PullPool, Stop
+from fastdeploy.transfer.pool import N_THREADS, PooledTransport, PoolPull, Stop
 
 log = logging.getLogger("fastdeploy.transfer")
 
@@ -76,12 +75,12 @@ class _Read:
     flights: deque[_Flight] = field(default_factory=deque)
 
 
-class NixlTransport:
+class NixlTransport(PooledTransport[NixlPeer]):
     """Implements Transport. Raises TransferUnavailable when NIXL is not installed or does not start."""
 
     def __init__(self, memory: PageMemory, owner: str, host: str, port: int) -> None:
         del host, port  # UCX finds its own; its metadata tells the peer
-        self._memory = memory
+        super().__init__(memory, "nixl")
         on_gpu = memory.pages.device.type == "cuda"
         self._kind = "VRAM" if on_gpu else "DRAM"
         self._device = memory.pages.device.index or 0 if on_gpu else 0
@@ -101,8 +100,6 @@ class NixlTransport:
         except self._errors as error:
             raise TransferUnavailable(f"nixl: the KV pages cannot be registered: {error}") from error
         self._address = NixlAddress(metadata, memory.pages.data_ptr(), self._device)
-        self._pool = PullPool(Ledger(memory.layout), "nixl")
-        self._peers: dict[str, NixlPeer] = {}
 
     def offer(self) -> bytes:
         return msgspec.msgpack.encode(self._address)
@@ -128,15 +125,6 @@ class NixlTransport:
         read = _Read(peer, source, list(page_ids))
         return self._pool.start(peer, source, read.targets, deadline_s, partial(self._run, read))
 
-    def poll(self, pull: PoolPull) -> Literal["pending", "done"]:
-        return self._pool.poll(pull)
-
-    def cancel(self, pull: PoolPull) -> None:
-        self._pool.cancel(pull)
-
-    def forget(self, request_id: str) -> None:
-        self._pool.ledger.forget(request_id)
-
     def disconnect(self, peer: NixlPeer) -> None:
         if self._peers.pop(peer.endpoint.owner, None) is None:
             return
@@ -148,9 +136,7 @@ class NixlTransport:
             log.info("nixl: %s is forgotten, though it was not closed well: %s", peer.endpoint.host, error)
 
     def close(self) -> None:
-        for peer in list(self._peers.values()):
-            self.disconnect(peer)
-        self._pool.close()
+        super().close()
         for registered in self._registered:
             self._agent.deregister_memory(registered)
 

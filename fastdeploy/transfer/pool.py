@@ -1,4 +1,7 @@
-"""Pulls that threads carry out, for transports that copy by themselves. Each has a deadline and can be given up."""
+"""Pulls that threads carry out, for transports that copy by themselves. Each has a deadline and can be given up.
+
+`PooledTransport` is what all of these transports do alike.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,16 @@ import contextlib
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from fastdeploy.errors import PullTimeout
 from fastdeploy.transfer.base import PageSet, Peer
 from fastdeploy.transfer.ledger import Ledger
+from fastdeploy.transfer.memory import PageMemory
 
 N_THREADS = 2  # copies share the memory's bandwidth with the model, so more would gain little
 
@@ -139,3 +144,37 @@ class PullPool:
             pull.ended = True
             del self._pulls[id(pull)]
             self.ledger.end(pull.source, succeeded=succeeded)
+
+
+P = TypeVar("P", bound=Peer)
+
+
+class PooledTransport(ABC, Generic[P]):
+    """A Transport but for `offer`, `connect`, `pull` and `disconnect`: its pulls, and its peers by their owner."""
+
+    def __init__(self, memory: PageMemory, name: str) -> None:
+        self._memory = memory
+        self._pool = PullPool(Ledger(memory.layout), name)
+        self._peers: dict[str, P] = {}
+
+    @abstractmethod
+    def disconnect(self, peer: P) -> None:
+        """As in Transport."""
+
+    def poll(self, pull: PoolPull) -> Literal["pending", "done"]:
+        """As in Transport."""
+        return self._pool.poll(pull)
+
+    def cancel(self, pull: PoolPull) -> None:
+        """As in Transport."""
+        self._pool.cancel(pull)
+
+    def forget(self, request_id: str) -> None:
+        """As in Transport."""
+        self._pool.ledger.forget(request_id)
+
+    def close(self) -> None:
+        """As in Transport."""
+        for peer in list(self._peers.values()):
+            self.disconnect(peer)
+        self._pool.close()

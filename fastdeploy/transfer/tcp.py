@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import msgspec
 import torch
@@ -21,9 +20,8 @@ from fastdeploy.errors import LayoutMismatch, PeerGone, TransferUnavailable
 from fastdeploy.transfer.base import Endpoint, PageSet
 from fastdeploy.transfer.checks import expected_checks, verify
 from fastdeploy.transfer.layout import SharedHeads, shared_heads
-from fastdeploy.transfer.ledger import Ledger
 from fastdeploy.transfer.memory import PageMemory, copy_pages
-from fastdeploy.transfer.pool import PoolPull, PullPool, Stop
+from fastdeploy.transfer.pool import PooledTransport, PoolPull, Stop
 from fastdeploy.transfer.tcp_server import TcpServer, set_options
 from fastdeploy.transfer.tcp_wire import (
     HandshakeError,
@@ -58,18 +56,16 @@ class TcpPeer:
     idle: list[socket.socket] | None = field(default_factory=list)
 
 
-class TcpTransport:
+class TcpTransport(PooledTransport[TcpPeer]):
     """Implements Transport. Raises TransferUnavailable when the pages are not in host memory."""
 
     def __init__(self, memory: PageMemory, owner: str, host: str, port: int) -> None:
         if memory.pages.device.type != "cpu":
             raise TransferUnavailable("tcp: the KV pages of this rank are on a GPU; use nixl, which can send them")
-        self._memory = memory
+        super().__init__(memory, "tcp")
         self._bytes = memory.pages.view(-1).numpy().data
         self._server = TcpServer(self._bytes, memory.layout, host, port)
         self._address = TcpAddress(host, self._server.port, self._server.key)
-        self._pool = PullPool(Ledger(memory.layout), "tcp")
-        self._peers: dict[str, TcpPeer] = {}
 
     def offer(self) -> bytes:
         return msgspec.msgpack.encode(self._address)
@@ -91,15 +87,6 @@ class TcpTransport:
         targets = list(page_ids)
         return self._pool.start(peer, source, targets, deadline_s, partial(self._read, peer, source, targets))
 
-    def poll(self, pull: PoolPull) -> Literal["pending", "done"]:
-        return self._pool.poll(pull)
-
-    def cancel(self, pull: PoolPull) -> None:
-        self._pool.cancel(pull)
-
-    def forget(self, request_id: str) -> None:
-        self._pool.ledger.forget(request_id)
-
     def disconnect(self, peer: TcpPeer) -> None:
         if self._peers.pop(peer.endpoint.owner, None) is not None:
             self._pool.cancel_of(peer)
@@ -109,9 +96,7 @@ class TcpTransport:
                 connection.close()
 
     def close(self) -> None:
-        for peer in list(self._peers.values()):
-            self.disconnect(peer)
-        self._pool.close()
+        super().close()
         self._server.close()
 
     def _read(self, peer: TcpPeer, source: PageSet, targets: list[int], stop: Stop) -> None:

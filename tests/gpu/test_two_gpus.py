@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,27 +19,37 @@ pytestmark = [
 ]
 
 
+SPREAD = {"data_parallel_size": 2, "enable_expert_parallel": True}
+
+
+class Asked:
+    """Greedy requests of random tokens to a model, and their answers."""
+
+    def __init__(self, model: str, n_requests: int, n_outputs: tuple[int, int]) -> None:
+        draw = random.Random(n_requests)
+        self.model = model
+        self.prompts = [[draw.randrange(5, 90) for _ in range(draw.randint(1, 60))] for _ in range(n_requests)]
+        self.params = [
+            SamplingParams(temperature=0.0, max_tokens=draw.randint(*n_outputs), ignore_eos=True) for _ in self.prompts
+        ]
+
+    def answers(self, check: Callable[[LLM], None] | None = None, **flags: Any) -> list[list[int]]:
+        """Token ids of all answers of an engine with `flags`, which `check` looks at afterwards."""
+        sizes = {"max_model_len": 160, "max_num_seqs": 16, "num_gpu_blocks_override": 200}
+        with LLM(model=self.model, dtype="float32", **sizes, **flags) as llm:
+            found = llm.generate(self.prompts, self.params)
+            if check is not None:
+                check(llm)
+        return [list(answer.outputs.token_ids) for answer in found]
+
+
 @pytest.mark.parametrize("exchange", ["symm_mem", "nccl"])
 def test_tokens_are_those_of_one_gpu(
     tiny_model: Callable[..., Path], exchange: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FD_ALL_TO_ALL", exchange)
-    folder, draw = str(tiny_model("ernie4_5_moe", tokenizer=True)), random.Random(0)
-    prompts = [[draw.randrange(5, 90) for _ in range(draw.randint(1, 60))] for _ in range(30)]
-    params = [SamplingParams(temperature=0.0, max_tokens=draw.randint(1, 24), ignore_eos=True) for _ in prompts]
-    common = {
-        "model": folder,
-        "dtype": "float32",
-        "max_model_len": 160,
-        "max_num_seqs": 16,
-        "num_gpu_blocks_override": 200,
-    }
-    answers = []
-    for sizes in ({}, {"data_parallel_size": 2, "enable_expert_parallel": True}):
-        with LLM(**common, **sizes) as llm:
-            found = llm.generate(prompts, params)
-            answers.append([list(answer.outputs.token_ids) for answer in found])
-    assert answers[0] == answers[1]
+    asked = Asked(str(tiny_model("ernie4_5_moe", tokenizer=True)), 30, (1, 24))
+    assert asked.answers() == asked.answers(**SPREAD)
 
 
 @pytest.mark.parametrize("exchange", ["symm_mem", "nccl"])
@@ -47,31 +58,10 @@ def test_experts_move_under_captured_graphs(
 ) -> None:
     """Some fifty times a second, in the middle of answers, most steps of which are replayed from graphs."""
     monkeypatch.setenv("FD_ALL_TO_ALL", exchange)
-    folder, draw = str(tiny_model("ernie4_5_moe", tokenizer=True)), random.Random(1)
-    prompts = [[draw.randrange(5, 90) for _ in range(draw.randint(1, 60))] for _ in range(40)]
-    params = [SamplingParams(temperature=0.0, max_tokens=draw.randint(20, 90), ignore_eos=True) for _ in prompts]
-    common = {
-        "model": folder,
-        "dtype": "float32",
-        "max_model_len": 160,
-        "max_num_seqs": 16,
-        "num_gpu_blocks_override": 200,
-    }
+    asked = Asked(str(tiny_model("ernie4_5_moe", tokenizer=True)), 40, (20, 90))
     settings = {"redundant_experts_num": 2, "rearrange_interval_s": 0.02, "min_gain": 0.0}
-    balanced = {
-        "data_parallel_size": 2,
-        "enable_expert_parallel": True,
-        "enable_eplb": True,
-        "eplb_config": settings,
-    }
-    answers = []
-    for flags in ({}, balanced):
-        with LLM(**common, **flags) as llm:
-            found = llm.generate(prompts, params)
-            answers.append([list(answer.outputs.token_ids) for answer in found])
-            if flags:
-                _check_moved(llm)
-    assert answers[0] == answers[1]
+    found = asked.answers(_check_moved, **SPREAD, enable_eplb=True, eplb_config=settings)
+    assert asked.answers() == found
 
 
 def _check_moved(llm: LLM) -> None:

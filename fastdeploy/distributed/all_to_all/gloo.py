@@ -58,7 +58,8 @@ class GlooAllToAll:
                 [n_mine * row_bytes] * self._size,
                 [n * row_bytes for n in sent.n_rows_g],
             )
-            own_tH = own() if own is not None else None
+        own_tH = own() if own is not None else None
+        with group_errors(self._name):
             work.wait()
         y_tH = sum_in_order(list(y_gtH))
         return y_tH if own_tH is None else y_tH + own_tH

@@ -50,7 +50,8 @@ class NcclAllToAll:
         y_gtH = y_rH.new_empty(self._size, y_rH.shape[0] // self._size, y_rH.shape[1])
         with group_errors(self._name):
             work = self._group.alltoall_base(y_gtH.view(y_rH.shape), y_rH.contiguous(), [], [])
-            own_tH = own() if own is not None else None
+        own_tH = own() if own is not None else None
+        with group_errors(self._name):
             work.wait()
         # Added in float32: partial sums of half precision would lose more with every rank.
         y_tH = y_gtH[:, : sent.n_rows_g[self._rank]].sum(0, dtype=torch.float32).to(y_rH.dtype)

@@ -51,11 +51,12 @@ class ExpertSlots:
     def move_to(self, slots: Slots) -> None:
         """Rows go to these slots from here on, also in captured graphs; the weights must be there by then."""
         self.slots = slots
-        table_eX = torch.zeros(self._table_eX.shape, dtype=torch.int32)
+        width = self._table_eX.shape[1]
+        slots_e: list[list[int]] = [[] for _ in range(self.n_experts)]
         for slot, expert in enumerate(slots):
-            table_eX[expert, 0] += 1
-            table_eX[expert, table_eX[expert, 0]] = slot
-        self._table_eX.copy_(table_eX)
+            slots_e[expert].append(slot)
+        table = [[len(held), *held, *[0] * (width - 1 - len(held))] for held in slots_e]
+        self._table_eX.copy_(torch.tensor(table, dtype=torch.int32))
 
     def weights(self, source: WeightSource, name: str) -> WeightSource:
         """`source` with the weights of this rank's slot J, whichever expert it holds, as `NAME.J.*`."""
