@@ -36,7 +36,12 @@ log = logging.getLogger("fastdeploy.scheduler")
 
 
 class Placement(Protocol):
-    """Finds a node for each entry, and keeps the loops that this takes."""
+    """Finds a node for each entry, and keeps the loops that this takes.
+
+    `patience_s`: without Redis for so long, requests on other servers are placed again.
+    """
+
+    patience_s: float
 
     def place(self, entry: Entry) -> None:
         """An entry needs a node."""
@@ -224,6 +229,8 @@ class SharedRoom:
         while True:
             await asyncio.sleep(1.0)
             self.accepted.expire(time.time(), self.config.ttl_s)
+            if self.link.down_s > self.placement.patience_s:  # not where Redis is asked, which waits for its answers
+                self.lose_remote(f"Redis has been {self.link.state}")
             metrics = self.metrics
             metrics.n_alive = len(self.accepted.entries)
             metrics.n_queued = sum(not entry.nodes for entry in self.accepted.entries.values())

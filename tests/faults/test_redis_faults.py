@@ -86,6 +86,7 @@ def test_redis_stands_still(pair: Pair) -> None:
     """Own requests go on, new ones are served by whom they reach, and those on the other server are continued here."""
     running = pair.start()
     n_own = pair.here.metric("num_requests_running")
+    n_before = pair.here.metric("scheduler_placed_again_total")
     began_s = time.monotonic()
     with stopped(pair.redis):
         time.sleep(LOOK_S[0])
@@ -100,6 +101,7 @@ def test_redis_stands_still(pair: Pair) -> None:
         assert "unreachable" in pair.here.health_text()
         time.sleep(max(began_s + CUT_S - time.monotonic(), 0.0))
     pair.check_ends(running, began_s + ENDED_S)
+    assert pair.here.metric("scheduler_placed_again_total") > n_before
     pair.check_serving()
 
 
