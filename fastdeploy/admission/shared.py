@@ -79,7 +79,7 @@ class SharedRoom:
         self.metrics = metrics
         self.writers = Writers(link, config)
         self.accepted = Accepted(self._place, self._cancel, self._refuse)
-        self.executions = Executions(engines, self.writers, config)
+        self.executions = Executions(engines, self.writers, config, link.now_s)
         self.fingerprint = fingerprint(engine)
         self.placement: Placement
         self._tasks: list[asyncio.Future[None]] = []
@@ -180,9 +180,8 @@ class SharedRoom:
         except msgspec.MsgspecError as error:
             log.error("a letter with results cannot be read: %s", error)
             return
-        now_s = self.link.now_s()
         for result in results:
-            self.accepted.take(result, now_s)
+            self.accepted.take(result)
 
     def take_request(self, letter: bytes, node: str, data_rank: int | None) -> None:
         """A letter with a request for this server, or with a cancellation."""
