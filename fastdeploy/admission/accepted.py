@@ -33,7 +33,7 @@ class Entry:
     attempt: int = 0
     nodes: tuple[str, ...] = ()  # where the attempt is; empty while it waits for a place
     local: bool = False  # in an engine of this server
-    taken_s: float | None = None  # Redis' time at which the node said that it has the attempt
+    taken_s: float | None = None  # Redis' time at which the node took the attempt, once it has said so
     next_seq: int = 0
     output_ids: list[int] = field(default_factory=list)  # what the answer has; a request may come with some
 
@@ -67,8 +67,8 @@ class Accepted:
         self.entries[request.request_id] = entry
         self._place(entry)
 
-    def take(self, result: Result, now_s: float) -> None:
-        """Something came of an attempt on another server; `now_s` is Redis' time."""
+    def take(self, result: Result) -> None:
+        """Something came of an attempt on another server."""
         entry = self.entries.get(result.request_id)
         if entry is None or entry.attempt != result.attempt or entry.local or result.seq < entry.next_seq:
             if result.delta is None and (entry is None or entry.local or entry.attempt != result.attempt):
@@ -79,7 +79,7 @@ class Accepted:
             return
         entry.next_seq += 1
         if result.delta is None:
-            entry.taken_s = now_s
+            entry.taken_s = result.taken_s
             if result.node not in entry.nodes:  # with global, the node that took it says so
                 entry.nodes = (result.node,)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 from fastdeploy.admission.base import Engines
 from fastdeploy.admission.mail import Writers
@@ -22,10 +23,12 @@ log = logging.getLogger("fastdeploy.scheduler")
 class Executions:
     """All of them. A letter may come twice and a cancellation may come first; each attempt runs at most once."""
 
-    def __init__(self, engines: Engines, writers: Writers, config: AdmissionConfig) -> None:
+    def __init__(self, engines: Engines, writers: Writers, config: AdmissionConfig, clock: Callable[[], float]) -> None:
+        """`clock`: seconds as Redis counts them."""
         self.alive: dict[str, _Execution] = {}
         self._engines = engines
         self._writers = writers
+        self._clock = clock
         self._ttl_s = config.ttl_s
         self._role = config.role
         self._seen: OrderedDict[str, None] = OrderedDict()
@@ -83,7 +86,8 @@ class Executions:
             self.alive.pop(execution.engine_id, None)
         if self._role == "prefill":
             return
-        result = Result(execution.request_id, execution.attempt, execution.n_sent, execution.node, delta)
+        taken_s = self._clock() if delta is None else 0.0
+        result = Result(execution.request_id, execution.attempt, execution.n_sent, execution.node, delta, taken_s)
         execution.n_sent += 1
         self._writers.send(execution.request_id, execution.group, result)
 

@@ -44,13 +44,17 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel", tag_field="type"):
 
 
 class Result(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What came of an attempt; `seq` counts its results from 0, which says that it was taken and has no delta."""
+    """What came of an attempt; `seq` counts its results from 0, which says that it was taken and has no delta.
+
+    That one has the time, by the clock of Redis: the node's load reports from then on count the request.
+    """
 
     request_id: str
     attempt: int
     seq: int
     node: str
     delta: TokenDelta | None
+    taken_s: float = 0.0
 
 
 def attempt_id(request_id: str, attempt: int, group: str) -> str:

@@ -16,6 +16,7 @@ class AdmissionMetrics(Collector):
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.placed: Counter[str] = Counter()  # "own" or "other" server
+        self.placed_on: Counter[str] = Counter()  # by node, as long as it is there
         self.placed_again = 0
         self.stolen = 0
         self.redis_errors = 0
@@ -34,6 +35,12 @@ class AdmissionMetrics(Collector):
         for where in ("own", "other"):
             placed.add_metric([where], self.placed[where])
         yield placed
+        placed_on = CounterMetricFamily(
+            PREFIX + "placed_on_node", "Requests accepted here and given to a node of the cluster.", labels=["node"]
+        )
+        for node, count in list(self.placed_on.items()):
+            placed_on.add_metric([node], count)
+        yield placed_on
         for name, text, count in (
             ("placed_again", "Requests given to another node because the first was lost.", self.placed_again),
             ("stolen", "Requests of other servers taken over for lack of own ones.", self.stolen),

@@ -36,7 +36,12 @@ log = logging.getLogger("fastdeploy.scheduler")
 
 
 class Placement(Protocol):
-    """Finds a node for each entry, and keeps the loops that this takes."""
+    """Finds a node for each entry, and keeps the loops that this takes.
+
+    `patience_s`: without Redis for so long, requests on other servers are placed again.
+    """
+
+    patience_s: float
 
     def place(self, entry: Entry) -> None:
         """An entry needs a node."""
@@ -74,7 +79,7 @@ class SharedRoom:
         self.metrics = metrics
         self.writers = Writers(link, config)
         self.accepted = Accepted(self._place, self._cancel, self._refuse)
-        self.executions = Executions(engines, self.writers, config)
+        self.executions = Executions(engines, self.writers, config, link.now_s)
         self.fingerprint = fingerprint(engine)
         self.placement: Placement
         self._tasks: list[asyncio.Future[None]] = []
@@ -175,9 +180,8 @@ class SharedRoom:
         except msgspec.MsgspecError as error:
             log.error("a letter with results cannot be read: %s", error)
             return
-        now_s = self.link.now_s()
         for result in results:
-            self.accepted.take(result, now_s)
+            self.accepted.take(result)
 
     def take_request(self, letter: bytes, node: str, data_rank: int | None) -> None:
         """A letter with a request for this server, or with a cancellation."""
@@ -224,6 +228,8 @@ class SharedRoom:
         while True:
             await asyncio.sleep(1.0)
             self.accepted.expire(time.time(), self.config.ttl_s)
+            if self.link.down_s > self.placement.patience_s:  # not where Redis is asked, which waits for its answers
+                self.lose_remote(f"Redis has been {self.link.state}")
             metrics = self.metrics
             metrics.n_alive = len(self.accepted.entries)
             metrics.n_queued = sum(not entry.nodes for entry in self.accepted.entries.values())

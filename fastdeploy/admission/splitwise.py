@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 import uuid
@@ -50,6 +51,8 @@ class SplitwisePlacement:
         self._disaggregated = disaggregated
         self._table = f"{self._config.topic}.cluster"
         self._beat_s = self._config.expire_period_s / 4
+        # Only a mixed server can answer alone.
+        self.patience_s = 2 * self._config.expire_period_s if self._config.role == "mixed" else math.inf
         self._cluster = Cluster(self._config.expire_period_s)
         self._waiting: list[Entry] = []
         self._wake = asyncio.Event()
@@ -122,6 +125,8 @@ class SplitwisePlacement:
         if gone:
             log.warning("nodes gone: %s", ", ".join(sorted(gone)))
             self._room.lose_nodes(gone)
+            for node in gone:
+                self._room.metrics.placed_on.pop(node, None)
 
     def _put(self, entry: Entry) -> bool:
         """Give an entry to a node; False when there is none now."""
@@ -130,7 +135,9 @@ class SplitwisePlacement:
         if chosen is None:
             return False
         if len(chosen) == 1 and chosen[0] in self.nodes:
-            return self._room.run_here(entry, self.nodes[chosen[0]])
+            is_taken = self._room.run_here(entry, self.nodes[chosen[0]])
+            self._room.metrics.placed_on[chosen[0]] += is_taken
+            return is_taken
         if entry.output_ids:
             chosen = chosen[:1]  # what was generated before belongs to no prompt that prefill could compute
         info = disaggregate_info(nodes[chosen[0]], nodes[chosen[1]]) if len(chosen) == 2 else None
@@ -150,6 +157,7 @@ class SplitwisePlacement:
         entry.nodes = chosen
         for node in chosen:  # the decode node first
             self._room.writers.send(request.request_id, f"ReqQ_{node}", letter)
+            self._room.metrics.placed_on[node] += 1
         self._room.metrics.placed["other"] += 1
         log.debug("(%s) to node %s", request.request_id, chosen)
         return True
@@ -214,7 +222,7 @@ class SplitwisePlacement:
             await client.hdel(self._table, *absent)
 
     async def _watch(self) -> None:
-        """Notice lost nodes, a Redis that was started anew, and one that is away for too long."""
+        """Notice lost nodes, and a Redis that was started anew."""
         room, link = self._room, self._room.link
         forgot_s = time.monotonic()
         while True:
@@ -225,8 +233,6 @@ class SplitwisePlacement:
                     room.lose_remote("Redis was started anew and may have lost it")
                 await self._look()
             except (RedisError, OSError, TimeoutError):
-                if link.down_s > 2 * self._config.expire_period_s and self._config.role == "mixed":
-                    room.lose_remote(f"Redis has been {link.state}")
                 continue
             now_s = time.monotonic()
             room.metrics.load_of_node = {n: r.load for n, r in self._cluster.records.items()}

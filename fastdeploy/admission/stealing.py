@@ -54,6 +54,7 @@ class WorkStealing:
         self._n_slots = n_slots
         self._n_shards = config.n_load_shards
         self._ttl_s = config.ttl_s
+        self.patience_s = _DOWN_S
         self.name = f"{_host_address()}:{uuid.uuid4().hex[:8]}"
         self._shard = shard_of(self.name, self._n_shards)
         self._queue: deque[Entry] = deque()  # own requests that wait; the truth about them, Redis has a copy
@@ -222,7 +223,7 @@ class WorkStealing:
         self._room.metrics.load_of_node = {self.name: n_queued}
 
     async def _beats(self) -> None:
-        """Notice dead servers, lost letters, and a Redis that was started anew or is away for too long."""
+        """Notice dead servers, lost letters, and a Redis that was started anew."""
         room, link = self._room, self._room.link
         while True:
             began_s = time.monotonic()
@@ -234,8 +235,6 @@ class WorkStealing:
                 await self._find_lost()
             except (RedisError, OSError, TimeoutError):
                 self._steady_s = time.monotonic()
-                if link.down_s > _DOWN_S:
-                    room.lose_remote(f"Redis has been {link.state}")
             await asyncio.sleep(_BEAT_S)
             if time.monotonic() - began_s > 2 * _BEAT_S:
                 self._steady_s = time.monotonic()  # others had as little chance to say that they are alive

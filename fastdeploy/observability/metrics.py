@@ -95,6 +95,7 @@ _RANK_GAUGES: Mapping[str, tuple[str, str]] = {
     "dp_rank_waiting_tokens": ("n_waiting_tokens", "Prompt tokens that wait for a data-parallel rank."),
     "dp_rank_free_blocks": ("n_pages_free", "Pages of a data-parallel rank without content."),
     "dp_rank_cached_blocks": ("n_pages_cached", "Reusable prefix pages of a data-parallel rank that nobody holds."),
+    "dp_rank_prompt_tokens": ("n_prompt_tokens_total", "Prompt tokens of requests that a data-parallel rank ran."),
     "dp_rank_generated_tokens": ("n_generated_tokens_total", "Tokens that a data-parallel rank has generated."),
 }
 

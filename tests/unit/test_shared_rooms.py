@@ -68,6 +68,30 @@ def test_requests_of_one_server_spread_evenly(redis: PrivateRedis) -> None:
     asyncio.run(run())
 
 
+def test_a_request_is_no_load_twice_when_its_receipt_is_read_late(redis: PrivateRedis) -> None:
+    """What counts is when the other server took it, which its load report says, too."""
+
+    async def run() -> None:
+        async with AsyncExitStack() as stack:
+            here, there = await several(stack, redis, 2)
+            here.engines.step_s = there.engines.step_s = 60.0
+            now_s = here.room.link.now_s
+            here.room.link.now_s = lambda: now_s() + 0.5  # type: ignore[method-assign]
+            for i in range(2):
+                here.ask(f"r{i}", n_prompt=300)
+            placement = here.room.placement
+            (node,) = there.room.placement.nodes
+
+            def is_reported() -> bool:
+                record = placement._cluster.records[node]
+                return record.load == 300 and all(e.taken_s is not None for e in here.room.accepted.remote())
+
+            await until(is_reported, "the report of the other server's load")
+            assert placement._view()[1][node] == 300
+
+    asyncio.run(run())
+
+
 def test_idle_servers_write_little(redis: PrivateRedis) -> None:
     async def run() -> None:
         async with AsyncExitStack() as stack:
